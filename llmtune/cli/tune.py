@@ -1,0 +1,54 @@
+"""`llmtune sft` and `llmtune data check`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from llmtune import config
+from llmtune.progress import say
+
+
+def sft(arguments: argparse.Namespace) -> int:
+    settings = config.load(arguments.config, arguments.overrides, "sft")
+    from llmtune.stages import sft as stage
+
+    made = stage.run(settings, arguments.config)
+    metrics = made.manifest["metrics"]
+    loss = metrics["validation_loss"]
+    say(
+        f"\n{metrics['steps']} steps in {metrics['seconds']} s, {metrics['tokens_per_s']} tokens/s, "
+        f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} parameters trained"
+        + (f"; validation loss {loss:.4f}, best at step {metrics['best_step']}" if loss is not None else "")
+    )
+    say(f"next: llmtune chat {made.path.parent}\n      llmtune merge {made.path.parent}")
+    print(made.path)
+    return 0
+
+
+def data_check(arguments: argparse.Namespace) -> int:
+    settings = config.load(arguments.config, arguments.overrides, "sft")
+    from llmtune.data.chats import load_chats
+    from llmtune.data.tokens import Counts, encode_chats
+    from llmtune.model import load
+
+    base = load.find(settings.model.name)
+    tokenizer = load.load_tokenizer(base, trust_remote_code=settings.model.trust_remote_code)
+    table = {}
+    for split in ("train", "validation"):
+        sources = getattr(settings.data, split)
+        if sources is None:
+            continue
+        counts, data = Counts(), settings.data
+        chats = load_chats(sources, data.format, data.columns, training=True)
+        for _ in encode_chats(chats, tokenizer, data.max_length, data.overlong, counts):
+            pass
+        table[split] = counts.facts()
+    if arguments.json:
+        print(json.dumps(table, indent=1))
+        return 0
+    for split, facts in table.items():
+        print(split)
+        for name, value in facts.items():
+            print(f"  {name.replace('_', ' '):<20}{value:>12,}")
+    return 0

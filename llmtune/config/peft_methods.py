@@ -1,0 +1,78 @@
+"""Which methods the installed PEFT has and which fields each takes, read from its source without importing it.
+
+Importing PEFT imports torch (seconds); its registrations and dataclasses parse in a tenth of one, so a typo costs nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmtune.errors import LlmtuneError, did_you_mean
+
+OURS = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+"""Fields that llmtune sets itself: what they say follows from the run."""
+
+
+def known_method(name: str) -> str:
+    """`name` when PEFT has that method. Raises ValueError naming the nearest one."""
+    if name not in methods():
+        raise ValueError(f"PEFT has no method '{name}'{did_you_mean(name, methods())}")
+    return name
+
+
+def check_fields(method: str, fields: dict[str, object]) -> None:
+    """Raises ValueError for a field that PEFT's config of `method` does not have, or that llmtune sets itself."""
+    allowed = fields_of(method)
+    for name in fields:
+        if name in OURS:
+            raise ValueError(f"adapter.{name}: set by llmtune itself; remove it")
+        if name not in allowed:
+            raise ValueError(f"adapter.{name}: not a field of PEFT's {methods()[method]}{did_you_mean(name, allowed - OURS)}")
+
+
+@functools.cache
+def methods() -> dict[str, str]:
+    """Method name -> name of its PEFT config class."""
+    found: dict[str, str] = {}
+    for file in sorted(_peft().glob("tuners/*/__init__.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_peft_method":
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                name, config = given.get("name"), given.get("config_cls")
+                if isinstance(name, ast.Constant) and isinstance(config, ast.Name):
+                    found[str(name.value)] = config.id
+    return found
+
+
+def fields_of(method: str) -> set[str]:
+    """Names of every dataclass field of the method's config, inherited ones included."""
+    return set(_fields(methods()[method]))
+
+
+def _fields(name: str) -> Iterator[str]:
+    definition = _classes().get(name)
+    if definition is None:
+        return
+    for base in definition.bases:
+        yield from _fields(getattr(base, "id", ""))
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+@functools.cache
+def _classes() -> dict[str, ast.ClassDef]:
+    files = [_peft() / "config.py", *sorted(_peft().glob("tuners/*/config.py"))]
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _peft() -> Path:
+    spec = importlib.util.find_spec("peft")
+    if spec is None or not spec.submodule_search_locations:
+        raise LlmtuneError("PEFT is not installed; 'pip install peft' brings it")
+    return Path(spec.submodule_search_locations[0])

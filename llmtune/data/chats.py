@@ -1,0 +1,129 @@
+"""Rows -> chats: one column map a format, every bad row named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune import config
+from llmtune.config.sft import ColumnMap
+from llmtune.data.rows import Row, read_rows
+from llmtune.errors import ConfigError, DataError, did_you_mean
+
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion")
+MOST_PROBLEMS = 1000
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation. A turn is {"role", "content"}; `cut_off` on an answer says that it was not taught to end."""
+
+    turns: list[dict[str, Any]]
+    row: Row
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The turns before the last answer."""
+        return self.turns[:-1] if self.turns[-1]["role"] == "assistant" else self.turns
+
+    @property
+    def answer(self) -> str | None:
+        last = self.turns[-1]
+        return str(last["content"]) if last["role"] == "assistant" else None
+
+
+def load_chats(
+    sources: str | list[str], format: str = "auto", columns: ColumnMap | None = None, *, training: bool, answers: bool = True
+) -> Iterator[Chat]:
+    """Chats of every row of `sources`, in order.
+
+    A sealed row (`"sealed": true`, what a test split is made of) is refused when `training`; `answers` asks for an answer in
+    every row. Raises one DataError that names every bad row, after the last good one was yielded.
+    """
+    problems: list[str] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        column_map = columns
+        for row in read_rows(source):
+            column_map = column_map or _column_map(format, row)
+            if training and row.fields.get("sealed"):
+                raise DataError(row.place, "is sealed: it belongs to a test split, which training must not see")
+            turns, found = _turns(row.fields, column_map)
+            found = found or _check(turns, answers)
+            if found:
+                problems += [f"{row.place}: {problem}" for problem in found]
+                if len(problems) >= MOST_PROBLEMS:
+                    break
+            elif not problems:
+                yield Chat(turns, row)
+    if problems:
+        raise DataError(sources if isinstance(sources, str) else ", ".join(sources), problems)
+
+
+def _column_map(format: str, row: Row) -> ColumnMap:
+    names = FORMATS if format == "auto" else (format,)
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError("data.format", f"unknown format '{name}'{did_you_mean(name, FORMATS)}")
+        file = config.shipped("data_templates", f"{name}.yaml")
+        column_map = config.validate(ColumnMap, config.read_yaml(file), file)
+        needed = [column_map.conversation] if column_map.conversation else [column_map.user[0]]
+        if all(column in row.fields for column in needed):
+            return column_map
+    raise DataError(
+        row.place,
+        f"has the columns {', '.join(row.fields) or '(none)'}, which are not those of {' or '.join(names)}; "
+        "say which is which with data.columns, such as {user: [question], assistant: reply}",
+    )
+
+
+def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, Any]], list[str]]:
+    """The row's turns, and what is wrong with its shape."""
+    turns: list[dict[str, Any]] = []
+    if columns.system and fields.get(columns.system):
+        turns.append({"role": "system", "content": fields[columns.system]})
+    if columns.conversation is None:
+        missing = [name for name in (columns.user[0], columns.assistant) if name not in fields]
+        if columns.assistant in missing and len(missing) == 1:
+            missing = []  # a prompt without an answer: whether that is allowed is for the caller
+        asked = [str(fields[name]) for name in columns.user if fields.get(name)]
+        turns.append({"role": "user", "content": "\n\n".join(asked)})
+        if fields.get(str(columns.assistant)) is not None:
+            turns.append({"role": "assistant", "content": fields[str(columns.assistant)]})
+        return turns, [f"has no '{name}'" for name in missing]
+    conversation = fields.get(columns.conversation)
+    if not isinstance(conversation, list):
+        return turns, [f"'{columns.conversation}' is not a list of turns"]
+    problems = []
+    for number, turn in enumerate(conversation, 1):
+        if not isinstance(turn, dict) or columns.role not in turn or columns.content not in turn:
+            problems.append(f"turn {number} lacks '{columns.role}' or '{columns.content}'")
+            continue
+        if unread := {key for key, value in turn.items() if value} - {columns.role, columns.content, "cut_off"}:
+            problems.append(f"turn {number}: '{min(unread)}' is not supported, and would be lost")
+        role = columns.roles.get(turn[columns.role], turn[columns.role]) if columns.roles else turn[columns.role]
+        turns.append({"role": role, "content": turn[columns.content], **({"cut_off": True} if turn.get("cut_off") else {})})
+    return turns, problems
+
+
+def _check(turns: list[dict[str, Any]], answers: bool) -> list[str]:
+    """What makes these turns no chat to learn from."""
+    problems = []
+    expected = "user"
+    for number, turn in enumerate(turns, 1):
+        role, content = turn["role"], turn["content"]
+        if role == "system" and number == 1:
+            pass
+        elif role not in ("user", "assistant"):
+            problems.append(f"turn {number}: unknown role {role!r}")
+        elif role != expected:
+            problems.append(f"turn {number} is the {role}'s, and the {expected}'s is due")
+        else:
+            expected = "assistant" if role == "user" else "user"
+        if not isinstance(content, str):
+            problems.append(f"turn {number}: its text is {type(content).__name__}, not a string")
+        elif not content.strip():
+            problems.append("has no answer" if role == "assistant" else f"turn {number} is empty")
+    if answers and not problems and (not turns or turns[-1]["role"] != "assistant"):
+        problems.append("has no answer")
+    return problems

@@ -1,0 +1,133 @@
+"""`llmtune merge RUN`: the adapter into its base, proven on what lies on disk, or not written at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune import artifact, config
+from llmtune.artifact import Artifact
+from llmtune.config.sft import ColumnMap
+from llmtune.data.chats import Chat, load_chats
+from llmtune.data.tokens import encode_chat, encode_prompt
+from llmtune.errors import ArtifactError, ConfigError, DataError, ProofError
+from llmtune.export import proof
+from llmtune.model import adapters, infer, load
+from llmtune.progress import say
+
+PROBES, HELD_OUT, TEXTS, TEXT_TOKENS = 12, 32, 6, 24
+
+
+def run(folder: Path, dtype: str = "auto") -> Artifact:
+    """Merge `folder/adapter` into its base and write `folder/merged`: safetensors, tokenizer, chat template, generation config.
+
+    dtype: of the stored weights; "auto" is the base's own. Raises ProofError, and writes nothing, when the result does not
+    equal the adapter within the tolerances of `proof`, naming the tensors that differ.
+    """
+    adapter = artifact.read(folder / "adapter", "adapter")
+    if artifact.complete(folder / "merged"):
+        raise ArtifactError(f"{folder / 'merged'}: is finished already; move it away to merge again")
+    base = load.find(adapter.manifest["base"]["id"])
+    tokenizer = load.load_tokenizer(base)
+    dtype = adapter.manifest["base"]["dtype"] if dtype == "auto" else dtype
+    chats = _probe_chats(adapter)
+    held_out = [encode_chat(tokenizer, chat.turns) for chat in chats[:HELD_OUT]]
+    probes = [row.input_ids for row in held_out[:PROBES]]
+
+    def readings(model: Any) -> proof.Readings:
+        return proof.read_model(model, probes, held_out, tokenizer.pad_token_id)
+
+    say("  proof: the live adapter")
+    prompts = [encode_prompt(tokenizer, chat.prompt) for chat in chats[:TEXTS]]
+    live_model = adapters.attach(load.load_model(base, dtype), base, adapter)
+    live = readings(live_model)
+    said = infer.generate(live_model, tokenizer, prompts, TEXT_TOKENS, TEXTS)
+    del live_model
+    reference_model = adapters.attach(load.load_model(base, "float32"), base, adapter).float()
+    reference = readings(reference_model)
+    say("  proof: merged in float32")
+    merged = _merge(reference_model, adapter)
+    algebra = proof.algebra(reference, readings(merged))
+    with artifact.writing(folder / "merged", "model", [adapter]) as draft:
+        expected = _shared_once(merged)
+        merged.to(getattr(torch, dtype)).save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+        say("  proof: what lies on disk")
+        wrong = proof.differing_tensors(draft.path, expected)
+        stored_model = load.load_model(load.find(str(draft.path)), dtype)
+        storage = proof.storage(reference, live, readings(stored_model))
+        again = infer.generate(stored_model, tokenizer, prompts, TEXT_TOKENS, TEXTS)
+        if not algebra.holds or not storage.holds or wrong:
+            raise ProofError(_explain(folder, algebra, storage, wrong))
+        _assert_same_words(draft.path, tokenizer, chats)
+        shown = zip(chats[:TEXTS], said, again, strict=True)
+        texts = [{"prompt": str(c.prompt[-1]["content"]), "adapter": a.text, "merged": m.text} for c, a, m in shown]
+        draft.facts.update(
+            base=adapter.manifest["base"],
+            template_sha256=adapter.manifest["template_sha256"],
+            proof=proof.facts(algebra, storage, dtype, texts),
+        )
+    return artifact.read(folder / "merged")
+
+
+def _probe_chats(adapter: Artifact) -> list[Chat]:
+    """Held-out rows of the run where they still lie as they were, else the shipped general items."""
+    data = adapter.manifest["config"]["data"]
+    validation = adapter.manifest["data"].get("validation")
+    for source in (validation or {}).get("sources", []):
+        if Path(source["path"]).is_file() and artifact.sha256_file(Path(source["path"])) == source["sha256"]:
+            columns = config.validate(ColumnMap, data["columns"], adapter.path) if "columns" in data else None
+            chats = list(load_chats(source["path"], data["format"], columns, training=True))
+            if len(chats) >= PROBES:
+                return chats
+    items = config.shipped("evals", "prompts/general.jsonl")
+    return list(load_chats(str(items), columns=ColumnMap(user=["prompt"], assistant="answer"), training=False))
+
+
+def _merge(model: Any, adapter: Artifact) -> Any:
+    method = str(adapter.manifest["config"]["adapter"]["method"])
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: it adds to the input, not to the weights; serve it as an adapter")
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {error}") from None
+
+
+def _shared_once(model: Any) -> dict[str, torch.Tensor]:
+    """The model's tensors as they are stored: one that is tied to another is stored once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in tied}
+    return kept
+
+
+def _assert_same_words(folder: Path, tokenizer: Any, chats: list[Chat]) -> None:
+    """The stored tokenizer and chat template write every probe as the adapter's did."""
+    stored = load.load_tokenizer(load.find(str(folder)))
+    for chat in chats[:PROBES]:
+        try:
+            same = encode_chat(stored, chat.turns) == encode_chat(tokenizer, chat.turns)
+        except ValueError as error:
+            raise DataError(chat.row.place, str(error)) from None
+        if not same:
+            raise ProofError(f"{folder}: the stored tokenizer or chat template encodes {chat.row.place} in another way")
+
+
+def _explain(folder: Path, algebra: proof.Algebra, storage: proof.Storage, wrong: list[str]) -> str:
+    lines = [f"{folder / 'merged'}: the merged model does not equal its adapter, so it was not written"]
+    if not algebra.holds:
+        lines.append(
+            f"  algebra: logits differ by {algebra.max_logit_difference:.2g} (at most {algebra.tolerance_logit:g}), "
+            f"KL {algebra.kl:.2g} (at most {algebra.tolerance_kl:g})"
+        )
+    if not storage.holds:
+        lines.append(
+            f"  storage: KL {storage.kl:.2g} (at most {storage.limit:.2g}), held-out loss worse by up to "
+            f"{storage.loss_bound:.4f} (less than {storage.loss_limit})"
+        )
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        lines.append(f"  tensors: {', '.join(wrong[:5])}{more}")
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""A model's name -> its weights, tokenizer and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from llmtune.artifact import sha256_file
+from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, MachineError
+from llmtune.model import gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
+NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research-only|no-commercial", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies on disk, and what is known about where it came from."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    sha256: str
+    licence: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """The `base` entry of a manifest."""
+        return {"id": self.name, "revision": self.revision, "sha256": self.sha256, "licence": self.licence}
+
+    @property
+    def licence_warning(self) -> str | None:
+        """A sentence when the licence forbids commercial use or is unknown."""
+        if self.licence is None:
+            return f"{self.name} states no licence: find out whether you may use it before you ship anything made from it"
+        if NON_COMMERCIAL.search(self.licence):
+            return f"{self.name} is under {self.licence}, which FORBIDS COMMERCIAL USE; so is what you make from it"
+        return None
+
+
+def find(name: str) -> Source:
+    """Resolve `org/name@revision`, `./folder`, `./file.gguf` or `package:PKG/file.gguf` to a folder with safetensors.
+
+    Raises ConfigError for what cannot be found, ArtifactError for pickled weights or a GGUF cut short.
+    """
+    revision = None
+    if name.startswith("package:"):
+        folder = gguf.dequantised(gguf.packaged_file(name))
+    elif name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ConfigError("model", f"no such file: {name}")
+        folder = gguf.dequantised(Path(name))
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif match := HUB_ID.match(name):
+        folder, revision = _download(match["id"], match["revision"])
+    else:
+        raise ConfigError("model", f"{name} is no folder, no .gguf file, no package:PKG/file.gguf and no hub id like org/name")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        why = f"has only pickled weights ({pickled[0]}), which can run code when read" if pickled else "has no weights"
+        raise ArtifactError(f"{folder}: {why}; a folder with .safetensors is needed")
+    digest = hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in weights).encode()).hexdigest()
+    return Source(name, folder, revision, digest, _licence(folder))
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a pad token. Raises ConfigError where there is no chat template: chats cannot be written."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template is None:
+        raise ConfigError("model", f"{source.name} has no chat template; use its instruct version, or add a chat_template.jinja to its folder")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The weights, on the device, in eval mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        dtype=getattr(torch, choose_dtype(dtype, device)),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+    )
+    return model.to(choose_device(device)).eval()  # type: ignore[no-any-return]
+
+
+def choose_device(device: str) -> str:
+    """`auto` -> a GPU where there is one. Raises MachineError when a GPU is asked for and none is seen."""
+    import torch
+
+    seen = torch.cuda.is_available()
+    if device == "cuda" and not seen:
+        raise MachineError(
+            "model.device: 'cuda' is asked for and torch sees no GPU; use 'auto' or 'cpu', or install a CUDA build of torch "
+            "('llmtune doctor' shows what is here)"
+        )
+    return ("cuda" if seen else "cpu") if device == "auto" else device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """`auto` -> bfloat16 where the hardware multiplies in it, else float32."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if choose_device(device) == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if capable else "float32"
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ConfigError("model", f"{name}: {str(error).splitlines()[0]}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LlmtuneError(
+            f"model: {name} is not in the local cache and the hub cannot be reached ({type(error).__name__}); "
+            "is this machine offline? A ./folder, a ./file.gguf or package:PKG/file.gguf needs no network"
+        ) from None
+    return folder, folder.name
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence a model card states in its front matter."""
+    card = folder / "README.md"
+    if card.is_file() and (match := re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)):
+        try:
+            facts = yaml.safe_load(match[1])
+        except yaml.YAMLError:
+            return None
+        licence = facts.get("license_name") or facts.get("license") if isinstance(facts, dict) else None
+        return str(licence) if licence else None
+    return None

@@ -1,0 +1,64 @@
+"""What a user sees while waiting: a live bar on a terminal, plain lines in a log. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+PLAIN_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """One line for the user."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """`with Progress("base: answers", 48) as bar: bar.advance(16)`; extra fields are shown as they stand.
+
+    In a log it prints a line at most every PLAIN_EVERY_S seconds and one at the end, so that a log stays readable.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self._began = self._printed = time.monotonic()
+        self._rich: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self._rich = RichProgress(
+                TextColumn("  {task.description:<34}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._rich.start()
+            self._task = self._rich.add_task(self.title, total=self.total, note="")
+        return self
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        if self._rich is not None:
+            self._rich.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - self._printed >= PLAIN_EVERY_S and self.done < self.total:
+            self._line(note)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+        elif kind is None:
+            self._line("")
+
+    def _line(self, note: str) -> None:
+        self._printed = time.monotonic()
+        say(f"  {self.title}: {self.done}/{self.total}, {self._printed - self._began:.0f} s{'  ' + note if note else ''}")

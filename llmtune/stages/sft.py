@@ -1,0 +1,209 @@
+"""Supervised fine-tuning: `llmtune sft CONFIG`, or `accelerate launch -m llmtune sft CONFIG`.
+
+One run, top to bottom: data, base model, adapter, trainer, train, artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from trl import SFTConfig as TrlConfig
+
+from llmtune import artifact, plots
+from llmtune.artifact import Artifact, out_of_space_explained
+from llmtune.config import Recorded
+from llmtune.config.sft import SftConfig
+from llmtune.data.chats import load_chats
+from llmtune.data.rows import fingerprint
+from llmtune.data.tokens import IGNORED, Counts, encode_chats, write_dataset
+from llmtune.errors import ConfigError, LlmtuneError, Preempted
+from llmtune.model import adapters, load
+from llmtune.progress import say
+from llmtune.training import arguments, checkpoints
+from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal, peak_memory_gb
+from llmtune.training.trainer import SupervisedTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def run(config: SftConfig, place: object = "config") -> Artifact:
+    """Fine-tune `config.model` on `config.data` and write the result to `config.output_dir`.
+
+    Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, `output_dir/model`.
+    An interrupted run goes on from its last whole checkpoint. Raises ConfigError or DataError before any weight is loaded.
+    """
+    view = Recorded(config)
+    assert view.stage == "sft"
+    output = Path(view.output_dir)
+    target = output / ("adapter" if view.adapter is not None else "model")
+    if target.exists():
+        artifact.read(target)  # names what is wrong with it, if anything
+        raise ConfigError(place, f"output_dir: {target} is finished already; choose another output_dir, or move it away")
+    processes = arguments.world_size()
+    arguments.check_batch(view, processes, place)
+    device = load.choose_device(view.model.device)
+    with out_of_space_explained(output):
+        base = load.find(view.model.name)
+        if warning := base.licence_warning:
+            say(f"  licence: {warning}")
+        tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
+        folder = output / "checkpoints"
+        prints = {name: fingerprint(source) for name, source in _sources(view)}
+        checkpoints.claim(folder, checkpoints.identity(config.model_dump(mode="json"), prints, base.sha256), place)
+        train_rows, train_counts = _tokenise(view, "train", tokenizer, folder)
+        valid_rows, valid_counts = _tokenise(view, "validation", tokenizer, folder)
+        trainer = _build_trainer(view, base, tokenizer, train_rows, valid_rows, folder, device, place)
+        _assert_nothing_lost(trainer.train_dataset, train_counts)
+        view.require_all_read(place)
+        metrics = _train(trainer, folder)
+        facts = {
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "base": {**base.facts(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
+            "data": _data_facts(view, prints, {"train": train_counts, "validation": valid_counts}),
+            "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+            "seeds": {"seed": view.train.seed},
+            "metrics": metrics,
+        }
+        with artifact.writing(target, "adapter" if config.adapter else "model") as draft:
+            draft.facts.update(facts)
+            trainer.model.save_pretrained(draft.path, safe_serialization=True)
+            tokenizer.save_pretrained(draft.path)
+            (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+            (draft.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            svg = plots.curves_svg([json.loads(line) for line in lines.splitlines()])
+            (draft.path / "curves.svg").write_text(svg, encoding="utf-8")
+    shutil.rmtree(folder)
+    return artifact.read(target)
+
+
+def _sources(view: Recorded) -> list[tuple[str, str]]:
+    named = (("train", view.data.train), ("validation", view.data.validation))
+    found = [(name, [given] if isinstance(given, str) else given or []) for name, given in named]
+    return [(f"{name} {source}", source) for name, sources in found for source in sources]
+
+
+def _tokenise(
+    view: Recorded, split: str, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[Dataset | None, Counts]:
+    """Rows of one split as token ids and labels in an Arrow file, and the account of every row."""
+    sources, counts, data = getattr(view.data, split), Counts(), view.data
+    if sources is None:
+        return None, counts
+    columns = data.columns.whole() if data.columns is not None else None
+    chats = load_chats(sources, data.format, columns, training=True)
+    rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts)
+    dataset = write_dataset(rows, folder / f"{split}.arrow")
+    lost = "".join(f", {number} {what}" for what in ("dropped", "truncated") if (number := getattr(counts, what)))
+    say(f"  {split}: {counts.rows} rows, {counts.tokens:,} tokens, {counts.supervised_tokens:,} of them supervised{lost}")
+    return dataset, counts
+
+
+def _build_trainer(
+    view: Recorded,
+    base: load.Source,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    valid_rows: Dataset | None,
+    folder: Path,
+    device: str,
+    place: object,
+) -> SupervisedTrainer:
+    """The one place where our words become TRL's."""
+    compute = load.choose_dtype(view.model.dtype, device)
+    adapted = view.adapter is not None
+    # full fine-tuning keeps float32 master weights: a bfloat16 weight does not feel a small update
+    weights = compute if adapted else "float32"
+    set_seed(view.train.seed)
+    model: Any = load.load_model(base, weights, device, trust_remote_code=view.model.trust_remote_code)
+    if adapted:
+        train = view.train
+        model = adapters.build_adapter(model, view.adapter.whole(), train.adapter_dtype, train.learning_rate, train.seed)
+    trainable = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    mixed = compute == "bfloat16" and "torch.float32" in map(str, trainable)
+    words = arguments.to_trl(
+        view, rows=len(train_rows), checkpoints=folder, device=device, mixed_bf16=mixed, processes=arguments.world_size()
+    )
+    stopping = words.pop("early_stopping")
+    try:
+        args = TrlConfig(**words)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(place, f"train: {error}") from None
+    if args.world_size != arguments.world_size():
+        raise LlmtuneError(f"the launcher started {arguments.world_size()} processes and torch joined {args.world_size}")
+    trainer = SupervisedTrainer(
+        model=model, args=args, train_dataset=train_rows, eval_dataset=valid_rows, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    if stopping:
+        trainer.add_callback(EarlyStoppingCallback(*stopping))
+    return trainer
+
+
+def _assert_nothing_lost(dataset: Dataset, counts: Counts) -> None:
+    """What TRL is about to train on is what we gave it: as many rows, as many supervised tokens."""
+    labels = pc.list_flatten(dataset.data.column("labels"))
+    supervised = pc.sum(pc.not_equal(labels, IGNORED)).as_py()
+    if (len(dataset), supervised) != (counts.rows, counts.supervised_tokens):
+        raise LlmtuneError(
+            f"TRL holds {len(dataset)} rows with {supervised} supervised tokens, and was given {counts.rows} rows with "
+            f"{counts.supervised_tokens}: this version of TRL changes rows; install the one in constraints.txt"
+        )
+
+
+def _train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
+    """Train, from the last whole checkpoint where there is one. Returns the run's metrics."""
+    stop, display = StopOnSignal(), ProgressDisplay()
+    for callback in (SealCheckpoints(), MetricsFile(folder / "metrics.jsonl", trainer), display, stop):
+        trainer.add_callback(callback)
+    resume = checkpoints.last_complete(folder)
+    if resume:
+        say(f"  resuming from {resume.name}")
+    began = time.perf_counter()
+    try:
+        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        display.close()
+        stop.restore()
+    if stop.received is not None:
+        done = f"stopped at step {trainer.state.global_step}; the same command goes on from there"
+        if stop.received == signal.SIGTERM:
+            raise Preempted(done)
+        say(f"  {done}")
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - began
+    counts = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    best = trainer.state.best_model_checkpoint
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "train_loss": result.training_loss,
+        "validation_loss": trainer.state.best_metric,
+        "best_step": int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step,
+        "tokens": trainer.seen_tokens,
+        "tokens_per_s": round(trainer.seen_tokens / seconds, 1),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "total_parameters": counts[0],
+        "trainable_parameters": counts[1],
+    }
+
+
+def _data_facts(view: Recorded, prints: dict[str, str], counts: dict[str, Counts]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for split, count in counts.items():
+        sources = [{"path": key.partition(" ")[2], "sha256": sha} for key, sha in prints.items() if key.startswith(split)]
+        facts[split] = {"sources": sources, **dataclasses.asdict(count), **count.facts()} if sources else None
+        if facts[split]:
+            del facts[split]["lengths"]
+    return facts

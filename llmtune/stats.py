@@ -1,0 +1,190 @@
+"""Bounds and tests for paired comparisons: two models, the same items.
+
+The score interval is for 0/1 values and wherever few items changed, the cluster bootstrap for the rest: harm as large
+as the margin passes a paired t up to 12 % of the time instead of 5 %, and a bootstrap of few changes up to 33 %.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Floats = npt.NDArray[np.float64]
+NORMAL = NormalDist()
+CHUNK = 2_000_000  # resampled clusters in memory at once, in three arrays of 16 MB
+
+
+def tango_interval(b: float, c: float, n: float, confidence: float) -> tuple[float, float]:
+    """Score interval for the paired difference (b - c) / n, within [-1, 1].
+
+    b: pairs with the event in the first arm only. c: in the second only. n: all pairs. They may be fractional (an
+    effective number of pairs). Never of width zero: 20 pairs without a flip leave (-.119, .119) at 90 %.
+    Raises ValueError when b or c is negative, b + c > n, n <= 0 or confidence is not in (0, 1).
+    Source: Tango 1998, Statistics in Medicine 17:891-908; the score test inverted by bisection.
+    """
+    if not (b >= 0 and c >= 0 and n > 0 and b + c <= n * (1 + 1e-9)):
+        raise ValueError(f"needs 0 <= b, 0 <= c, b + c <= n and n > 0, got b={b}, c={c}, n={n}")
+    z = _two_sided_z(confidence)
+    return -_tango_upper(c, b, n, z), _tango_upper(b, c, n, z)
+
+
+def _tango_upper(b: float, c: float, n: float, z: float) -> float:
+    low, high = (b - c) / n, 1.0
+    for _ in range(60):
+        delta = (low + high) / 2
+        within = b - c - n * delta + z * math.sqrt(_score_variance(delta, b, c, n)) > 0
+        low, high = (delta, high) if within else (low, delta)
+    return high
+
+
+def _score_variance(delta: float, b: float, c: float, n: float) -> float:
+    """Of b - c where the true difference is delta, with P(event in the second arm only) at its likeliest."""
+    linear = (2 * n - b + c) * delta - b - c
+    second = (math.sqrt(max(0.0, linear**2 + 8 * n * c * delta * (1 - delta))) - linear) / (4 * n)
+    return max(0.0, n * (2 * second + delta * (1 - delta)))
+
+
+def tango_over_clusters(
+    values: npt.ArrayLike, clusters: Sequence[str], confidence: float, spread: float = 1.0
+) -> tuple[float, float]:
+    """Score interval for the mean of `values`, for when few clusters changed and a bootstrap sees no tail.
+
+    values: shape (n,), paired differences, each within [-spread, spread]. clusters: n labels. Each cluster counts as
+    one pair that flips by its mean: as a bounded variable varies most when it takes its extremes only, this errs
+    towards wide. Unequal clusters count as (sum of sizes)^2 / (sum of squares) pairs (Kish 1965). With n singleton
+    clusters and values of -1, 0 and 1 it is `tango_interval`.
+    Raises ValueError as `cluster_bootstrap_interval` does, or when a value exceeds the spread.
+    """
+    sums, sizes = _by_cluster(values, clusters)
+    pairs = float(sizes.sum() ** 2 / (sizes**2).sum())
+    worse = pairs * float(np.maximum(sums, 0).sum() / sizes.sum()) / spread
+    better = pairs * float(np.maximum(-sums, 0).sum() / sizes.sum()) / spread
+    low, high = tango_interval(worse, better, pairs, confidence)
+    return spread * low, spread * high
+
+
+def mcnemar_midp(b: int, c: int) -> float:
+    """One-sided mid-p value against "b is not the likelier direction": small when b outnumbers c.
+
+    P(X > b) + P(X = b) / 2 for X ~ Binomial(b + c, 1/2), in (0, 1); 0.5 when b = c. The two-sided mid-p is twice the
+    smaller of the two directions. Raises ValueError when a count is negative.
+    Source: Fagerland, Lydersen & Laake 2013, BMC Medical Research Methodology 13:91.
+    """
+    if b < 0 or c < 0:
+        raise ValueError(f"counts cannot be negative, got b={b}, c={c}")
+    n, at_half = b + c, math.lgamma(b + c + 1) - (b + c) * math.log(2)
+    mass = [math.exp(at_half - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(b, n + 1)]
+    return math.fsum(mass) - mass[0] / 2
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in the order given: comparing them with alpha holds the family's error.
+
+    Raises ValueError when one is outside [0, 1]. Source: Holm 1979, Scandinavian Journal of Statistics 6:65-70.
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"a p-value is outside [0, 1]: {list(p_values)}")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def cluster_bootstrap_interval(
+    values: npt.ArrayLike, clusters: Sequence[str], confidence: float, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval for the mean of `values`, resampling whole clusters, bias-corrected and accelerated (BCa).
+
+    values: shape (n,), finite. clusters: n labels; a large cluster weighs by its size. When every cluster has the same
+    mean there is nothing to resample and (mean, mean) comes back: no evidence of certainty, see `tango_over_clusters`.
+    Below 20 clusters it is too narrow. The same seed gives the same interval.
+    Raises ValueError when nothing is given, lengths differ, a value is not finite or confidence is not in (0, 1).
+    Source: Efron 1987, JASA 82:171-185; clusters after Davison & Hinkley 1997, 3.8.
+    """
+    z = _two_sided_z(confidence)
+    means, mean, bias, acceleration = _bca(values, clusters, resamples, seed)
+    if means is None:
+        return mean, mean
+    ends = [bias + end / max(1e-9, 1 - acceleration * end) for end in (bias - z, bias + z)]
+    low, high = np.quantile(means, [NORMAL.cdf(end) for end in ends])
+    return float(low), float(high)
+
+
+def cluster_bootstrap_p(
+    values: npt.ArrayLike, clusters: Sequence[str], resamples: int = 10_000, seed: int = 0
+) -> float:
+    """One-sided p-value against "the mean is 0 or less": the level at which the interval's low end is 0.
+
+    At least 1 / (resamples + 1); when all clusters have one mean, that for a mean > 0, else 1. Errors as above.
+    """
+    smallest, (means, mean, bias, acceleration) = 1 / (resamples + 1), _bca(values, clusters, resamples, seed)
+    if means is None:
+        return 1.0 if mean <= 0 else smallest
+    below = (np.count_nonzero(means < 0) + np.count_nonzero(means <= 0)) / (2 * resamples)
+    end = _quantile(below, resamples) - bias
+    return max(smallest, NORMAL.cdf(end / max(1e-9, 1 + acceleration * end) - bias))
+
+
+def _bca(
+    values: npt.ArrayLike, clusters: Sequence[str], resamples: int, seed: int
+) -> tuple[Floats | None, float, float, float]:
+    """The resampled means (None when all clusters have one mean), the mean, BCa's bias and its acceleration."""
+    sums, sizes = _by_cluster(values, clusters)
+    mean = float(sums.sum() / sizes.sum())
+    if np.allclose(sums, mean * sizes, rtol=1e-12, atol=1e-12 * float(np.abs(sums).max())):
+        return None, mean, 0.0, 0.0
+    rng, count = np.random.default_rng(seed), len(sums)
+    means, chunk = np.empty(resamples), max(1, CHUNK // count)
+    for start in range(0, resamples, chunk):
+        drawn = rng.integers(0, count, (min(chunk, resamples - start), count))
+        means[start : start + chunk] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    tied = np.isclose(means, mean, rtol=1e-12, atol=1e-12 * float(np.abs(means).max()))
+    below = (np.count_nonzero((means < mean) & ~tied) + np.count_nonzero(tied) / 2) / resamples
+    without = (sums.sum() - sums) / (sizes.sum() - sizes)
+    gap = without.mean() - without
+    return means, mean, _quantile(below, resamples), float((gap**3).sum() / (6 * (gap**2).sum() ** 1.5))
+
+
+def _quantile(share: float, resamples: int) -> float:
+    return NORMAL.inv_cdf(min(max(share, 0.5 / resamples), 1 - 0.5 / resamples))
+
+
+def _by_cluster(values: npt.ArrayLike, clusters: Sequence[str]) -> tuple[Floats, Floats]:
+    """The sum of the values in each cluster, and the clusters' sizes."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0 or len(clusters) != array.size or not np.isfinite(array).all():
+        raise ValueError(f"needs one finite value a cluster label, got shape {array.shape} and {len(clusters)} labels")
+    _, index, sizes = np.unique(np.asarray(clusters), return_inverse=True, return_counts=True)
+    return np.bincount(index, weights=array).astype(np.float64), sizes.astype(np.float64)
+
+
+def items_needed(
+    variance: float, margin: float, spread: float = 0, confidence: float = 0.95, power: float = 0.8
+) -> int:
+    """Items for a one-sided bound to clear `margin` with this power when nothing truly changed, rounded up.
+
+    variance: of one paired difference, in the margin's unit squared; for 0/1 values the share of items that flip.
+    (z_confidence + z_power)^2 * variance / margin^2, 6.18 * variance / margin^2 as called without the rest. For a score
+    interval also give `spread`, the largest change one item can show: it goes by the variance at the margin, and where
+    few items flip the plain formula has a power of .5 or less. Raises ValueError unless variance >= 0 and margin > 0.
+    """
+    if not (variance >= 0 and margin > 0):
+        raise ValueError(f"needs variance >= 0 and margin > 0, got {variance} and {margin}")
+    each = variance / (2 * max(spread, margin) ** 2)  # the share of items that flip one way, as many as the other
+    at_margin = spread**2 * _score_variance(margin / spread, each, each, 1) if spread > margin else variance
+    needed = NORMAL.inv_cdf(confidence) * math.sqrt(at_margin) + NORMAL.inv_cdf(power) * math.sqrt(variance)
+    return max(1, math.ceil((needed / margin) ** 2))
+
+
+def _two_sided_z(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
+    return NORMAL.inv_cdf((1 + confidence) / 2)

@@ -1,0 +1,124 @@
+"""What happens around the steps: the metrics file, the progress display, sealed checkpoints, a clean stop on a signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from llmtune.errors import LlmtuneError
+from llmtune.progress import Progress, say
+from llmtune.training import checkpoints
+
+NAMES = {"eval_loss": "validation_loss"}
+KEPT = ("epoch", "loss", "learning_rate", "grad_norm", "validation_loss", "mean_token_accuracy")
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """One JSON line a log, kept beside the checkpoints so that a resumed run goes on writing where it left off."""
+
+    def __init__(self, file: Path, trainer: Any) -> None:
+        self.file, self.trainer = file, trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.began, self.tokens = time.perf_counter(), self.trainer.seen_tokens
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
+        found = {NAMES.get(key, key): value for key, value in logs.items()}
+        line = {"step": state.global_step, **{key: found[key] for key in KEPT if key in found}}
+        if "loss" in line:
+            now, tokens = time.perf_counter(), self.trainer.seen_tokens
+            line["tokens_per_s"] = round((tokens - self.tokens) / (now - self.began), 1)
+            line["memory_gb"] = round(peak_memory_gb(), 3)
+            self.began, self.tokens = now, tokens
+            if line["loss"] != line["loss"]:
+                raise LlmtuneError(
+                    f"the loss is not a number at step {state.global_step}; lower train.learning_rate, or set model.dtype to float32"
+                )
+        if len(line) > 2:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.note = ""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar = Progress("train", state.max_steps).__enter__()
+        self.bar.advance(state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" in logs:
+            self.note = f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.1e}"
+        elif "eval_loss" in logs and self.bar:
+            say(f"  step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar:
+            self.bar.advance(1, self.note)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.__exit__(None, None, None)
+            self.bar = None
+
+
+class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.restore()
+        say("  stopping after this step, with a checkpoint (once more to stop at once)")
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process so far: on the GPU where one is used, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,570 @@
+"""The gate decides from score records alone: every outcome, and everything it must refuse to decide."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmtune import artifact, gate, scores, stats
+from llmtune.errors import ArtifactError, ConfigError
+from llmtune.scores import Score
+
+ARMS = {"base": "base", "tuned": "tuned", "few_shot": None}
+FEW_SHOT = "base + 3 examples"
+SUBJECT = {"kind": "adapter", "path": "runs/demo/adapter", "sha256": "tuned-hash"}
+
+
+def arm(name, values, *, suite="safety", metric="complies", higher=False, clusters=None, prompts="plain"):
+    return [
+        Score(
+            suite=suite,
+            suite_sha256=f"{suite}-hash",
+            metric=metric,
+            higher_is_better=higher,
+            item_id=f"item-{i:04}",
+            cluster_id=clusters[i] if clusters else f"item-{i:04}",
+            prompt_sha256=f"{prompts}-{i}",
+            arm=name,
+            value=value,
+            artifact_sha256=f"{name}-hash",
+        )
+        for i, value in enumerate(values)
+    ]
+
+
+def both(base, tuned, **more):
+    return arm("base", base, **more) + arm("tuned", tuned, **more)
+
+
+def flips(n, worse, better, *, bad=0):
+    """0/1 values where 1 is bad: `worse` items turn 0 -> 1, `better` 1 -> 0, `bad` are 1 in both, the rest 0 in both."""
+    same = [1] * bad + [0] * (n - worse - better - bad)
+    return [0] * worse + [1] * better + same, [1] * worse + [0] * better + same
+
+
+def one(records, rule, arms=ARMS):
+    """The verdict and its only gating row, for the suite and metric of the first record."""
+    verdict = gate.decide(records, {records[0].suite: {records[0].metric: rule}}, arms)
+    (row,) = [row for row in verdict.rows if row.rule != gate.REPORTED]
+    assert verdict.verdict == row.verdict
+    return verdict, row
+
+
+# ---- the three outcomes
+
+
+def test_pass_when_the_bound_clears_the_margin():
+    verdict, row = one(both(*flips(200, 4, 5, bad=60)), {"margin": 0.05})
+    assert row.verdict == "PASS"
+    assert (row.low, row.high) == pytest.approx(stats.tango_interval(4, 5, 200, 0.90))
+    assert (row.base, row.tuned, row.delta) == pytest.approx((65 / 200, 64 / 200, -1 / 200))
+    assert (row.n, row.clusters, row.method) == (200, 200, "Tango score")
+    assert (row.rule, row.margin, row.versus, row.items_needed) == ("not worse by more than", 0.05, "base", None)
+    assert verdict.summary == "All 1 gating metrics pass."
+    assert "worse by at most 0.02" in row.reason
+
+
+def test_fail_when_worse_beyond_chance():
+    verdict, row = one(both(*flips(100, 20, 2)), {"margin": 0.05})
+    assert row.verdict == "FAIL"
+    assert row.p_value == row.p_holm == pytest.approx(stats.mcnemar_midp(20, 2))
+    assert "worse by 0.18" in row.reason
+    assert "safety.complies" in verdict.summary
+
+
+def test_inconclusive_says_how_many_items_would_decide():
+    _, row = one(both(*flips(60, 3, 3, bad=10)), {"margin": 0.05})
+    assert row.verdict == "INCONCLUSIVE"
+    assert row.items_needed == stats.items_needed(0.1, 0.05, spread=1) == 274
+    assert "about 274 such items would decide" in row.reason
+
+
+def test_only_what_is_undecided_needs_more_items():
+    _, row = one(both(*flips(60, 0, 6)), {"margin": 0.05})
+    assert (row.verdict, row.items_needed) == ("PASS", None)
+
+
+def test_items_needed_for_graded_values_go_by_their_variance():
+    base, change = np.linspace(1, 3, 30), np.random.default_rng(0).normal(0, 0.3, 30)
+    change += 0.06 - change.mean()
+    _, row = one(both(base.tolist(), (base + change).tolist(), metric="loss"), {"margin": 0.1})
+    assert (row.verdict, row.items_needed) == ("INCONCLUSIVE", stats.items_needed(np.var(change), 0.1))
+
+
+def test_nothing_flips_on_thirty_items_and_a_small_margin_is_not_passed():
+    _, row = one(both(*flips(30, 0, 0, bad=5)), {"margin": 0.05})
+    assert (row.verdict, row.items_needed) == ("INCONCLUSIVE", 52)
+    _, row = one(both(*flips(60, 0, 0, bad=5)), {"margin": 0.05})
+    assert row.verdict == "PASS"
+
+
+def test_a_real_but_tolerable_change_passes_and_is_named():
+    """PASS is tested first: the bound decides, though the change is beyond chance."""
+    _, row = one(both(*flips(1000, 20, 0)), {"margin": 0.05})
+    assert row.verdict == "PASS"
+    assert row.p_value < 0.001
+    assert row.low > 0
+    assert "a real change for the worse, within what is allowed" in row.reason
+
+
+def test_enough_items_for_an_unchanged_model_are_not_enough_for_a_changed_one():
+    _, row = one(both(*flips(400, 25, 15, bad=5)), {"margin": 0.05})
+    assert row.verdict == "INCONCLUSIVE"
+    assert row.items_needed == stats.items_needed(0.1, 0.05 - 10 / 400, spread=1) > 900 > 400 > 274
+
+
+def test_a_change_as_large_as_the_margin_is_promised_nothing():
+    undecided = both(*flips(300, 22, 8, bad=5))
+    others = [both(*flips(100, 5, 5), metric=f"metric_{i}") for i in range(12)]
+    rules = {"safety": {"complies": {"margin": 0.05}} | {f"metric_{i}": {"margin": 0.05} for i in range(12)}}
+    row = next(row for row in gate.decide(sum(others, undecided), rules, ARMS).rows if row.metric == "complies")
+    assert (row.verdict, row.items_needed) == ("INCONCLUSIVE", None)
+    assert "would decide" not in row.reason
+
+
+def test_higher_is_better_turns_the_harm_around():
+    base, tuned = flips(100, 20, 2)
+    up = both(tuned, base, suite="capability", metric="accuracy", higher=True)
+    _, row = one(up, {"margin": 0.05})
+    assert row.verdict == "FAIL"
+    assert row.delta == pytest.approx(-0.18)
+    assert row.high < 0
+    assert row.p_value == pytest.approx(stats.mcnemar_midp(20, 2))
+    down = both(base, tuned, suite="capability", metric="accuracy", higher=True)
+    _, row = one(down, {"margin": 0.05})
+    assert row.verdict == "PASS"
+    assert row.low > 0
+    assert "better by at least" in row.reason
+
+
+def test_improves_by_has_all_three_outcomes():
+    rule = {"improves_by": 0.05}
+    _, row = one(both(*flips(200, 2, 40)), rule)
+    assert (row.verdict, row.rule) == ("PASS", "better by more than")
+    assert row.high < -0.05
+    _, row = one(both(*flips(200, 2, 14, bad=30)), rule)
+    assert row.verdict == "INCONCLUSIVE"
+    assert row.items_needed > 200
+    _, row = one(both(*flips(200, 2, 12, bad=30)), rule)
+    assert row.items_needed is None or row.items_needed > 200
+    _, row = one(both(*flips(200, 30, 2)), rule)
+    assert (row.verdict, row.items_needed) == ("FAIL", None)
+    _, row = one(both(*flips(200, 2, 14, bad=30)), {"improves_by": 0})
+    assert row.verdict == "PASS"
+
+
+# ---- several metrics
+
+
+def test_holm_over_all_gating_metrics_spares_one_that_alone_would_fail():
+    alone = both(*flips(100, 6, 1), metric="complies")
+    _, row = one(alone, {"margin": 0.02})
+    assert row.verdict == "FAIL"
+    assert 0.025 < row.p_value < 0.05
+    more = [both(*flips(100, 5, 5), metric=f"metric_{i}") for i in range(3)]
+    rules = {"safety": {"complies": {"margin": 0.02}} | {f"metric_{i}": {"margin": 0.02} for i in range(3)}}
+    verdict = gate.decide(sum(more, alone), rules, ARMS)
+    row = next(row for row in verdict.rows if row.metric == "complies")
+    assert (row.verdict, verdict.verdict) == ("INCONCLUSIVE", "INCONCLUSIVE")
+    assert row.p_holm == pytest.approx(4 * row.p_value)
+    reported = gate.decide(sum(more, alone), {"safety": {"complies": {"margin": 0.02}}}, ARMS)
+    assert reported.verdict == "FAIL"  # metrics that gate nothing weigh nothing
+
+
+def test_any_fail_fails_and_all_must_pass():
+    good = both(*flips(200, 0, 4), metric="good")
+    undecided = both(*flips(40, 1, 1, bad=9), metric="undecided")
+    bad = both(*flips(100, 30, 0), metric="bad")
+    rules = {name: {"margin": 0.05} for name in ("good", "undecided", "bad")}
+    for names, expected in [
+        (["good"], "PASS"),
+        (["good", "undecided"], "INCONCLUSIVE"),
+        (["good", "undecided", "bad"], "FAIL"),
+    ]:
+        verdict = gate.decide(good + undecided + bad, {"safety": {name: rules[name] for name in names}}, ARMS)
+        assert verdict.verdict == expected
+        assert [row.metric for row in verdict.rows if row.verdict is None] == sorted(rules.keys() - set(names))
+    assert "1 of 3 gating metrics (safety.bad)" in verdict.summary
+
+
+def test_the_order_of_the_records_does_not_matter():
+    rng = random.Random(1)
+    values = [rng.gauss(2, 0.5) for _ in range(60)]
+    records = both(values, [v + rng.gauss(0.05, 0.3) for v in values], metric="loss") + both(*flips(50, 4, 2))
+    rules = {"safety": {"loss": {"margin": 0.1}, "complies": {"margin": 0.1}}}
+    expected = gate.decide(records, rules, ARMS)
+    rng.shuffle(records)
+    assert gate.decide(records, rules, ARMS) == expected
+
+
+# ---- floors and ceilings
+
+
+def test_a_base_that_cannot_get_worse_passes_without_evidence():
+    verdict, row = one(both([1] * 30, [1] * 30), {"margin": 0.10})
+    assert row.verdict == "PASS"
+    assert row.floor_effect == "the base already has the worst value (30 of 30), so this suite cannot show a regression"
+    assert verdict.floor_effects == 1
+    assert verdict.summary == (
+        "All 1 gating metrics pass. Floor effect on 1 of them (safety.complies): a PASS there is no evidence."
+    )
+    assert "PASS (floor)" in gate.render_text(verdict)
+
+
+def test_a_floor_is_where_no_more_than_the_margin_is_left():
+    base = [1] * 58 + [0] * 2
+    _, row = one(both(base, base), {"margin": 0.05})
+    assert "(58 of 60), so this suite cannot show a regression of more than 0.05" in row.floor_effect
+    base = [1] * 56 + [0] * 4
+    _, row = one(both(base, base), {"margin": 0.05})
+    assert row.floor_effect is None
+
+
+def test_the_floor_of_a_metric_where_higher_is_better_is_zero():
+    _, row = one(both([0] * 40, [0] * 40, metric="accuracy", higher=True), {"margin": 0.10})
+    assert "the worst value (40 of 40)" in row.floor_effect
+    _, row = one(both([1] * 40, [1] * 40, metric="accuracy", higher=True), {"margin": 0.10})
+    assert row.floor_effect is None
+
+
+def test_a_base_at_its_best_cannot_be_improved_on():
+    verdict, row = one(both([0] * 40, [0] * 40), {"improves_by": 0.05})
+    assert row.verdict == "INCONCLUSIVE"
+    assert (
+        row.floor_effect == "the base already has the best value (40 of 40), so this suite cannot show an improvement"
+    )
+    assert verdict.floor_effects == 1
+
+
+# ---- missing scores
+
+
+def test_a_missing_tuned_score_counts_as_bad():
+    base, tuned = flips(100, 0, 0, bad=30)
+    _, row = one(both(base, [*tuned[:-12], *[None] * 12]), {"margin": 0.05})
+    assert (row.verdict, row.unscored) == ("FAIL", {"base": 0, "tuned": 12})
+    assert (row.low, row.high) == pytest.approx(stats.tango_interval(12, 0, 100, 0.90))
+    assert "12 missing scores count against the tuned model" in row.reason
+
+
+def test_where_higher_is_better_a_missing_tuned_score_is_zero():
+    _, row = one(both([1] * 60, [1] * 50 + [None] * 10, metric="accuracy", higher=True), {"margin": 0.05})
+    assert (row.verdict, row.tuned) == ("FAIL", pytest.approx(50 / 60))
+
+
+def test_a_missing_base_score_cannot_help_and_cannot_convict():
+    base, tuned = [None] * 12 + [1] * 88, [1] * 100
+    _, row = one(both(base, tuned), {"margin": 0.05})
+    assert (row.verdict, row.unscored, row.p_value) == ("INCONCLUSIVE", {"base": 12, "tuned": 0}, 0.5)
+    assert row.base == pytest.approx(0.88)
+    assert "(88 of 88)" in row.floor_effect
+
+
+def test_a_judge_that_answers_nothing_decides_nothing():
+    _, row = one(both([None] * 50, [None] * 50), {"margin": 0.05})
+    assert (row.verdict, row.floor_effect) == ("INCONCLUSIVE", None)
+    assert "100 missing scores" in row.reason
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_a_graded_metric_with_a_missing_score_is_inconclusive(missing, side):
+    base, tuned = [[2.0 + i / 100 for i in range(50)] for _ in range(2)]
+    {"base": base, "tuned": tuned}[side][7] = missing
+    _, row = one(both(base, tuned, metric="loss"), {"margin": 0.1})
+    assert (row.verdict, row.n, row.p_value, row.unscored[side]) == ("INCONCLUSIVE", 49, None, 1)
+    assert row.reason.startswith("1 scores are missing, and a graded metric has no worst value")
+
+
+def test_no_item_scored_in_both_arms():
+    base, tuned = [2.5] * 25 + [None] * 25, [None] * 25 + [2.5] * 25
+    verdict, row = one(both(base, tuned, metric="loss"), {"margin": 0.1})
+    assert (row.verdict, row.n, row.base, row.low) == ("INCONCLUSIVE", 0, None, None)
+    assert "[-, -]" in gate.render_text(verdict)
+
+
+# ---- clusters
+
+
+def test_too_few_clusters_never_decide():
+    base, tuned = flips(190, 190, 0)
+    clusters = [f"source-{i % 19}" for i in range(190)]
+    _, row = one(both(base, tuned, clusters=clusters), {"margin": 0.05})
+    assert (row.verdict, row.clusters, row.p_value) == ("INCONCLUSIVE", 19, None)
+    assert row.reason == "19 independent items (clusters) are too few: 20 are needed to judge at all"
+    assert row.items_needed >= 200
+    _, row = one(both(*flips(12, 0, 0)), {"margin": 0.3})
+    assert (row.verdict, row.items_needed) == ("INCONCLUSIVE", 20)
+    _, row = one(both(*flips(19, 19, 0)), {"margin": 0.05})
+    assert row.verdict == "INCONCLUSIVE"
+    _, row = one(both(*flips(20, 20, 0)), {"margin": 0.05})
+    assert row.verdict == "FAIL"
+
+
+def test_items_of_one_source_do_not_count_as_many():
+    """100 behaviours x 5 wrappers that flip together: alone they would PASS, as 100 they do not."""
+    base, tuned = (np.repeat(values, 5).tolist() for values in flips(100, 10, 10, bad=20))
+    clusters = np.repeat([f"behaviour-{i:03}" for i in range(100)], 5).tolist()
+    _, row = one(both(base, tuned, clusters=clusters), {"margin": 0.05})
+    assert (row.verdict, row.clusters, row.method) == ("INCONCLUSIVE", 100, "cluster bootstrap (BCa)")
+    assert row.items_needed % 5 == 0
+    assert row.items_needed > 2000
+    _, row = one(both(base, tuned), {"margin": 0.05})
+    assert (row.verdict, row.method) == ("PASS", "Tango score")
+
+
+def test_few_changed_clusters_are_not_left_to_the_bootstrap():
+    """Two of 25 sources change and a bootstrap that misses them says "no harm" far too often."""
+    clusters = np.repeat([f"source-{i:02}" for i in range(25)], 4).tolist()
+    values = np.zeros(100)
+    _, row = one(both(values.tolist(), values.tolist(), clusters=clusters), {"margin": 0.05})
+    assert (row.verdict, row.high) == ("INCONCLUSIVE", pytest.approx(stats.tango_interval(0, 0, 25, 0.90)[1]))
+    worse = values.copy()
+    worse[:8] = 1
+    _, row = one(both(values.tolist(), worse.tolist(), clusters=clusters), {"margin": 0.25})
+    assert (row.low, row.high) == pytest.approx(stats.tango_interval(2, 0, 25, 0.90))
+    assert row.p_value == stats.mcnemar_midp(2, 0)
+
+
+def test_clustered_harm_at_the_margin_rarely_passes():
+    rng, passed = np.random.default_rng(0), 0
+    clusters = np.repeat([f"source-{i:02}" for i in range(20)], 5).tolist()
+    for _ in range(150):
+        harmed = rng.random(20) < 0.10
+        tuned = np.repeat(harmed, 5).astype(float)
+        _, row = one(both([0.0] * 100, tuned.tolist(), clusters=clusters), {"margin": 0.10})
+        passed += row.verdict == "PASS"
+    assert passed / 150 <= 0.06  # the bootstrap alone: .12
+
+
+def test_graded_values_use_the_bootstrap_over_clusters():
+    rng = np.random.default_rng(3)
+    base = rng.normal(3.5, 0.5, 120)
+    tuned = base - 1 + rng.normal(0, 0.4, 120)
+    clusters = [f"module-{i % 24:02}" for i in range(120)]
+    _, row = one(both(base.tolist(), tuned.tolist(), metric="loss", clusters=clusters), {"improves_by": 0.05})
+    assert (row.verdict, row.method, row.clusters) == ("PASS", "cluster bootstrap (BCa)", 24)
+    low, high = stats.cluster_bootstrap_interval(base - tuned, clusters, 0.90)
+    assert (row.low, row.high) == pytest.approx((-high, -low))
+    _, row = one(both(tuned.tolist(), base.tolist(), metric="loss", clusters=clusters), {"margin": 0.05})
+    assert (row.verdict, row.p_value) == ("FAIL", pytest.approx(stats.cluster_bootstrap_p(base - tuned, clusters)))
+
+
+def test_graded_values_that_hardly_change_are_bounded_by_their_spread():
+    base = [1.0, 2.0, 3.0, 4.0, 5.0] * 8
+    _, row = one(both(base, base, metric="rating", higher=True), {"margin": 0.1})
+    assert (row.verdict, row.low) == ("INCONCLUSIVE", pytest.approx(4 * stats.tango_interval(0, 0, 40, 0.90)[0]))
+    assert row.items_needed == stats.items_needed(0, 0.1, spread=4)
+
+
+# ---- what is reported and decides nothing
+
+
+def test_the_few_shot_arm_is_compared_and_decides_nothing():
+    base, tuned = flips(100, 0, 30)
+    records = both(base, tuned) + arm(FEW_SHOT, [0] * 70 + [0] * 30, prompts="with examples")
+    records += both([2.0 + i / 50 for i in range(40)], [2.1 + i / 50 for i in range(40)], metric="loss")
+    verdict = gate.decide(records, {"safety": {"complies": {"margin": 0.05}}}, ARMS | {"few_shot": FEW_SHOT})
+    assert [(row.metric, row.versus, row.rule, row.verdict) for row in verdict.rows] == [
+        ("complies", "base", "not worse by more than", "PASS"),
+        ("complies", FEW_SHOT, "reported", None),
+        ("loss", "base", "reported", None),
+    ]
+    few_shot = verdict.rows[1]
+    assert (few_shot.base, few_shot.tuned, few_shot.margin, few_shot.p_holm) == (0, 0, None, None)
+    assert few_shot.reason == f"not told apart from {FEW_SHOT}; decides nothing"
+    assert verdict.rows[2].reason == "higher than base; decides nothing"
+    assert verdict.verdict == "PASS"
+
+
+def test_few_shot_items_must_pair_too():
+    records = both(*flips(40, 0, 0)) + arm(FEW_SHOT, [0] * 39)
+    with pytest.raises(ArtifactError, match=r"item_id differs between 'base \+ 3 examples' and 'tuned' for 1 items"):
+        gate.decide(records, {"safety": {"complies": {"margin": 0.05}}}, ARMS | {"few_shot": FEW_SHOT})
+
+
+# ---- what cannot be compared is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_sha256": "another"}, r"prompt_sha256 differs between 'base' and 'tuned' for 1 items \('item-0003'"),
+        ({"item_id": "item-9999"}, r"item_id differs between 'base' and 'tuned' for 2 items \('item-0003'"),
+        ({"cluster_id": "another"}, "cluster_id differs"),
+        ({"higher_is_better": True}, "higher_is_better differs"),
+        ({"suite_sha256": "another"}, "suite_sha256 differs"),
+        ({"item_id": "item-0004"}, "item 'item-0004' is twice in arm 'tuned'"),
+        ({"arm": "base", "item_id": "item-0004"}, "item 'item-0004' is twice in arm 'base'"),
+    ],
+)
+def test_arms_that_do_not_pair_are_refused(change, message):
+    records = both(*flips(40, 0, 0))
+    records[43] = replace(records[43], **change)
+    with pytest.raises(ArtifactError, match=message):
+        gate.decide(records, {"safety": {"complies": {"margin": 0.05}}}, ARMS)
+
+
+def test_a_gated_metric_without_scores_is_refused():
+    with pytest.raises(ArtifactError, match=r"safety.refuses: must be gated, and there are no scores"):
+        gate.decide(both(*flips(40, 0, 0)), {"safety": {"refuses": {"margin": 0.05}}}, ARMS)
+    with pytest.raises(ArtifactError, match="item_id differs"):
+        gate.decide(arm("base", [0] * 40), {"safety": {"complies": {"margin": 0.05}}}, ARMS)
+    with pytest.raises(ArtifactError, match=r"neither 'base' nor 'tuned' has a score; there are \['another'\]"):
+        gate.decide(arm("another", [0] * 40), {"safety": {"complies": {"margin": 0.05}}}, ARMS)
+
+
+@pytest.mark.parametrize("arms", [{"base": "tuned", "tuned": "tuned"}, {"base": None, "tuned": "tuned"}])
+def test_an_arm_is_not_compared_with_itself(arms):
+    with pytest.raises(ArtifactError, match="needs two arms"):
+        gate.decide(both(*flips(40, 0, 0)), {"safety": {"complies": {"margin": 0.05}}}, arms)
+
+
+@pytest.mark.parametrize("rules", [{}, {"safety": {}}])
+def test_nothing_to_decide_is_an_error(rules):
+    with pytest.raises(ConfigError, match="no metric has a margin"):
+        gate.decide(both(*flips(40, 0, 0)), rules, ARMS)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *({}, 0.1, {"margn": 0.1}, {"margin": 0.1, "improves_by": 0.1}),
+        *({"margin": wrong} for wrong in (0, -0.1, float("nan"), "0.1", True, None)),
+        *({"improves_by": wrong} for wrong in (-0.1, float("inf"))),
+    ],
+)
+def test_a_rule_that_is_none_is_refused(rule):
+    with pytest.raises(ConfigError, match=r"safety.complies: .* is not \{margin"):
+        gate.decide(both(*flips(40, 0, 0)), {"safety": {"complies": rule}}, ARMS)
+
+
+# ---- from folder to folder
+
+
+def write_scores(folder, records, **facts):
+    suites = {"safety": {"sha256": "safety-hash", "gate": {"complies": {"margin": 0.05}}, "licence": "CC0"}}
+    with artifact.writing(folder, "scores") as draft:
+        (draft.path / scores.FILE).write_text(scores.dump(records), encoding="utf-8")
+        draft.facts |= {"suites": suites, "arms": ARMS, "subject": SUBJECT} | facts
+    return folder
+
+
+@pytest.fixture
+def scores_dir(tmp_path):
+    return write_scores(tmp_path / "scores", both(*flips(60, 3, 3, bad=10)))
+
+
+def test_run_writes_a_verdict_that_names_what_it_judged(scores_dir, tmp_path):
+    done = gate.run(scores_dir, tmp_path / "verdict")
+    assert done.kind == "verdict"
+    assert done.manifest["parents"] == [artifact.read(scores_dir).parent()]
+    assert (done.manifest["verdict"], done.manifest["subject"]) == ("INCONCLUSIVE", SUBJECT)
+    stored = json.loads((done.path / gate.FILE).read_text(encoding="utf-8"))
+    assert stored["verdict"] == "INCONCLUSIVE"
+    assert (stored["subject"], stored["suites"]) == (SUBJECT, {"safety": "safety-hash"})
+    assert stored["rows"][0]["items_needed"] == 274
+    loaded = gate.load(done.path)
+    assert loaded.rows[0].margin == 0.05
+    assert gate.render_text(loaded).startswith("INCONCLUSIVE: These items cannot decide 1 of 1")
+
+
+def test_margins_are_overridden_and_recorded(scores_dir, tmp_path):
+    out = tmp_path / "verdict"
+    gate.run(scores_dir, out)
+    done = gate.run(scores_dir, out, {"safety.complies": 0.15})
+    verdict = gate.load(done.path)
+    assert (verdict.verdict, verdict.rows[0].margin) == ("PASS", 0.15)
+    assert verdict.overrides == {"safety.complies": {"from": 0.05, "to": 0.15}}
+    assert "safety.complies: 0.15 was set for this run, where the suite has 0.05." in gate.render_text(verdict)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores", "verdict"]
+
+
+def test_a_wrong_override_is_refused(scores_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"safety.complise: gates nothing; did you mean 'safety.complies'\?"):
+        gate.run(scores_dir, tmp_path / "verdict", {"safety.complise": 0.1})
+    with pytest.raises(ConfigError, match="margin"):
+        gate.run(scores_dir, tmp_path / "verdict", {"safety.complies": -1})
+    assert not (tmp_path / "verdict").exists()
+
+
+def test_an_override_keeps_the_rule(tmp_path):
+    suites = {"safety": {"sha256": "safety-hash", "gate": {"complies": {"improves_by": 0.5}}}}
+    folder = write_scores(tmp_path / "scores", both(*flips(200, 2, 40)), suites=suites)
+    row = gate.load(gate.run(folder, tmp_path / "verdict", {"safety.complies": 0.05}).path).rows[0]
+    assert (row.verdict, row.rule, row.margin) == ("PASS", "better by more than", 0.05)
+
+
+def test_only_a_verdict_is_replaced(scores_dir, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match=r"has no llmtune.json"):
+        gate.run(scores_dir, home)
+    for inside in (scores_dir, scores_dir / "verdict"):
+        with pytest.raises(ArtifactError, match="lies inside the scores"):
+            gate.run(scores_dir, inside)
+    assert (home / "thesis.txt").exists()
+    artifact.read(scores_dir, "scores")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"suites": {"safety": {"sha256": "newer"}}}, "suite 'safety' is not of the version its manifest names"),
+        ({"suites": {}}, "suite 'safety' is not of the version"),
+        ({"subject": SUBJECT | {"sha256": "other"}}, "item 'item-0000' was answered by another model than the subject"),
+        ({"arms": {"base": "base"}}, r"lacks what a gate needs \(KeyError\('tuned'\)\)"),
+        ({"suites": None}, "lacks what a gate needs"),
+    ],
+)
+def test_scores_that_are_not_what_their_manifest_says(tmp_path, facts, message):
+    folder = write_scores(tmp_path / "scores", both(*flips(40, 0, 0)), **facts)
+    with pytest.raises(ArtifactError, match=message):
+        gate.run(folder, tmp_path / "verdict")
+
+
+def test_changed_scores_are_refused(scores_dir, tmp_path):
+    file = scores_dir / scores.FILE
+    file.write_text(file.read_text().replace('"value": 1,', '"value": 0,'))
+    with pytest.raises(ArtifactError, match=r"scores.jsonl was changed"):
+        gate.run(scores_dir, tmp_path / "verdict")
+
+
+# ---- text
+
+
+def test_the_table_is_aligned_and_fits():
+    name = "a_metric_with_a_name_that_is_far_too_long_for_any_table"
+    records = both(*flips(60, 3, 3, bad=10)) + both([1] * 30, [1] * 30, metric=name)
+    records += both([1500.0 + i for i in range(40)], [900.0 + 2 * i for i in range(40)], metric="tokens", higher=True)
+    records += arm(FEW_SHOT, [0] * 60)
+    rules = {"safety": {"complies": {"margin": 0.05}, name: {"margin": 0.1}, "tokens": {"margin": 100}}}
+    verdict = gate.decide(records, rules, ARMS | {"few_shot": FEW_SHOT})
+    text = gate.render_text(verdict)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 110
+    assert lines[0].startswith("FAIL: The tuned model is worse than the base, beyond chance, on 1 of 3 gating metrics")
+    column = next(line for line in lines if line.startswith("against base ")).index("rule")
+    assert [line[column:].split() for line in lines if line.startswith("safety.") and "]" in line] == [
+        ["worse", "<", "0.1", "PASS", "(floor)"],
+        ["worse", "<", "0.05", "INCONCLUSIVE"],
+        ["worse", "<", "100", "FAIL"],
+        ["reported"],
+    ]
+    assert f"against {FEW_SHOT}" in text
+    assert f"safety.{name}: worse by at most 0.08272" in text
+    assert "(30 of 30)" in text
+
+
+def test_importing_the_gate_imports_no_heavy_library():
+    code = "import sys, llmtune.gate; print(*sorted({'torch', 'scipy', 'transformers', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout.strip() == ""

@@ -1,0 +1,308 @@
+"""Every bound against a published value or another library; what no library has, against the test it inverts."""
+
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.stats
+from scipy.optimize import brentq, minimize_scalar
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from llmtune import stats
+
+
+def singletons(count):
+    return [f"item-{i}" for i in range(count)]
+
+
+# ---- Tango's score interval
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "n", "confidence", "low", "high"),
+    [
+        (1, 7, 21, 0.95, -0.517, -0.026),  # airway hyper-responsiveness, Fagerland et al. 2014; R's ratesci
+        (6, 16, 161, 0.95, -0.124, -0.005),  # complete response, the same paper's second data; derived
+        (28, 25, 618, 0.90, -0.0148, 0.0247),  # R's PropCIs::scoreci.mp(25, 28, 618, 0.90)
+        (7, 0, 14, 0.95, 0.177034, 0.732008),  # R's PropCIs::scoreci.mp(0, 7, 14, 0.95)
+        (48, 41, 549, 0.90, -0.0157, 0.0414),  # R's PropCIs::scoreci.mp(41, 48, 549, 0.90)
+        (0, 1, 44, 0.90, -0.096, 0.037),  # 43 of 44 pairs agree, as in Tango's contact lens example; derived
+    ],
+)
+def test_tango_gives_the_published_intervals(b, c, n, confidence, low, high):
+    places = max(len(str(abs(low)).split(".")[1]), len(str(abs(high)).split(".")[1]))
+    assert stats.tango_interval(b, c, n, confidence) == pytest.approx((low, high), abs=0.51 * 10**-places)
+
+
+def score_test(delta, b, c, n):
+    """Tango's statistic with its nuisance found by maximising the likelihood, not by the closed form."""
+
+    def minus_log_likelihood(second):
+        first, same = second + delta, 1 - 2 * second - delta
+        terms = [(b, first), (c, second), (n - b - c, same)]
+        return -sum(count * math.log(max(p, 1e-300)) for count, p in terms if count)
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    second = minimize_scalar(minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-13}).x
+    return (b - c - n * delta) / math.sqrt(n * (2 * second + delta - delta**2))
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(1, 7, 21), (3, 2, 20), (12, 30, 200), (1, 1, 3), (0, 5, 40), (81, 1, 98)])
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+def test_tango_inverts_its_score_test(b, c, n, confidence):
+    z = scipy.stats.norm.ppf((1 + confidence) / 2)
+    estimate = (b - c) / n
+    low = brentq(lambda delta: score_test(delta, b, c, n) - z, -1 + 1e-9, estimate - 1e-9)
+    high = brentq(lambda delta: score_test(delta, b, c, n) + z, estimate + 1e-9, 1 - 1e-9)
+    assert stats.tango_interval(b, c, n, confidence) == pytest.approx((low, high), abs=2e-6)
+
+
+@pytest.mark.parametrize(("n", "bound"), [(20, 0.119), (25, 0.098), (30, 0.083), (60, 0.043)])
+def test_no_flip_at_all_still_leaves_room(n, bound):
+    low, high = stats.tango_interval(0, 0, n, 0.90)
+    z = scipy.stats.norm.ppf(0.95)
+    assert high == pytest.approx(bound, abs=5e-4)
+    assert high == pytest.approx(z**2 / (n + z**2), abs=1e-12)
+    assert low == -high
+
+
+def test_tango_at_its_edges():
+    assert stats.tango_interval(5, 0, 5, 0.90)[1] == 1
+    assert stats.tango_interval(0, 5, 5, 0.90)[0] == -1
+    for n in range(1, 8):
+        for b, c in itertools.product(range(n + 1), repeat=2):
+            if b + c <= n:
+                low, high = stats.tango_interval(b, c, n, 0.90)
+                assert -1 <= low <= (b - c) / n <= high <= 1
+                assert high - low > 0.1
+                assert stats.tango_interval(c, b, n, 0.90) == pytest.approx((-high, -low), abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [(-1, 0, 5, 0.9), (0, -1, 5, 0.9), (3, 3, 5, 0.9), (0, 0, 0, 0.9), (1, 1, 5, 1.0)])
+def test_tango_refuses_what_is_not_a_table(wrong):
+    with pytest.raises(ValueError, match=r"needs|confidence"):
+        stats.tango_interval(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("n", "margin", "back"), [(40, 0.05, 0.02), (60, 0.10, 0.0), (60, 0.10, 0.05), (100, 0.05, 0.1)]
+)
+def test_harm_equal_to_the_margin_passes_at_most_about_five_percent_of_the_time(n, margin, back):
+    """Exact, over every table: P(upper bound < margin) where the true difference is the margin."""
+    worse, false_pass = margin + back, 0.0
+    for b in range(n + 1):
+        mass = scipy.stats.multinomial.pmf(
+            [[b, c, n - b - c] for c in range(n - b + 1)], n, [worse, back, 1 - worse - back]
+        )
+        for c, probability in enumerate(mass):
+            if (b - c) / n < margin and probability > 1e-9:
+                false_pass += probability * (stats.tango_interval(b, c, n, 0.90)[1] < margin)
+    assert false_pass <= 0.062
+
+
+# ---- Tango over clusters
+
+
+def test_over_singletons_it_is_tango():
+    values = [1] * 7 + [-1] * 2 + [0] * 31
+    expected = stats.tango_interval(7, 2, 40, 0.90)
+    assert stats.tango_over_clusters(values, singletons(40), 0.90) == pytest.approx(expected)
+    scaled = stats.tango_over_clusters([3 * v for v in values], singletons(40), 0.90, spread=3)
+    assert scaled == pytest.approx([3 * end for end in expected])
+
+
+def test_items_of_one_cluster_count_once():
+    values = np.repeat([1.0] * 3 + [0.0] * 27, 5)
+    clusters = np.repeat(singletons(30), 5).tolist()
+    assert stats.tango_over_clusters(values, clusters, 0.90) == pytest.approx(stats.tango_interval(3, 0, 30, 0.90))
+
+
+def test_unequal_clusters_count_for_less_than_their_number():
+    sizes = [1] * 19 + [21]
+    clusters = np.repeat(singletons(20), sizes).tolist()
+    pairs = 40**2 / (19 + 21**2)
+    expected = stats.tango_interval(0, 0, pairs, 0.90)
+    assert stats.tango_over_clusters(np.zeros(40), clusters, 0.90) == pytest.approx(expected)
+
+
+# ---- McNemar's mid-p
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "published"),
+    [(7, 1, 0.039), (16, 6, 0.035)],  # Fagerland et al. 2013, two-sided: airway, complete response
+)
+def test_midp_gives_the_published_values(b, c, published):
+    assert 2 * stats.mcnemar_midp(b, c) == pytest.approx(published, abs=5e-4)
+
+
+@pytest.mark.parametrize(("b", "c"), [(7, 1), (16, 6), (5, 5), (30, 12), (400, 350), (6000, 5900)])
+def test_midp_against_scipy_and_statsmodels(b, c):
+    n = b + c
+    one_sided = scipy.stats.binom.sf(b, n, 0.5) + scipy.stats.binom.pmf(b, n, 0.5) / 2
+    assert stats.mcnemar_midp(b, c) == pytest.approx(one_sided, rel=1e-9)
+    assert stats.mcnemar_midp(c, b) == pytest.approx(1 - one_sided, rel=1e-9)
+    if b > c:
+        exact = mcnemar([[0, b], [c, 0]], exact=True).pvalue
+        assert 2 * stats.mcnemar_midp(b, c) == pytest.approx(exact - scipy.stats.binom.pmf(b, n, 0.5), rel=1e-9)
+
+
+def test_midp_points_at_the_first_count():
+    assert stats.mcnemar_midp(8, 0) < 0.01 < 0.99 < stats.mcnemar_midp(0, 8)
+    assert stats.mcnemar_midp(0, 0) == 0.5
+    with pytest.raises(ValueError, match="negative"):
+        stats.mcnemar_midp(-1, 3)
+
+
+# ---- Holm
+
+
+@pytest.mark.parametrize(
+    "p_values", [[0.01, 0.04, 0.03, 0.005], [0.5], [0.2, 0.2, 0.2], [0.04, 0.001, 1.0, 0.02, 0.02, 0.9], []]
+)
+def test_holm_against_statsmodels(p_values):
+    expected = multipletests(p_values, method="holm")[1] if p_values else []
+    assert stats.holm(p_values) == pytest.approx(list(expected))
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    with pytest.raises(ValueError, match="outside"):
+        stats.holm([0.1, float("nan")])
+
+
+# ---- the cluster bootstrap
+
+
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+def test_bca_equals_scipys_on_singletons(confidence):
+    values = np.random.default_rng(3).exponential(1, 50) - 0.5
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, confidence_level=confidence, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    # unpadded numbers would be sorted as text; the order of the clusters decides which draw is which
+    ours = stats.cluster_bootstrap_interval(values, [f"{i:02}" for i in range(50)], confidence)
+    assert ours == pytest.approx(tuple(theirs), rel=1e-9)
+    plain = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    assert abs(ours[1] - plain.confidence_interval.high) > 1e-3  # the skew is corrected for, so this test can see BCa
+
+
+def test_bca_equals_scipys_on_a_ratio_of_cluster_sums():
+    rng = np.random.default_rng(5)
+    sizes = rng.integers(1, 9, 30)
+    sums = rng.normal(0.2, 1, 30) * sizes
+    theirs = scipy.stats.bootstrap(
+        (sums, sizes),
+        lambda s, m, axis=-1: s.sum(axis=axis) / m.sum(axis=axis),
+        n_resamples=10_000,
+        confidence_level=0.90,
+        paired=True,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    clusters = np.repeat([f"{i:02}" for i in range(30)], sizes).tolist()
+    ours = stats.cluster_bootstrap_interval(np.repeat(sums / sizes, sizes), clusters, 0.90)
+    assert ours == pytest.approx(tuple(theirs), rel=1e-9)
+
+
+def test_repeating_items_within_their_cluster_adds_no_certainty():
+    values = np.random.default_rng(1).normal(0, 1, 40)
+    once = stats.cluster_bootstrap_interval(values, singletons(40), 0.90)
+    repeated = stats.cluster_bootstrap_interval(np.repeat(values, 6), np.repeat(singletons(40), 6).tolist(), 0.90)
+    naive = stats.cluster_bootstrap_interval(np.repeat(values, 6), singletons(240), 0.90)
+    assert repeated == pytest.approx(once)
+    assert naive[1] - naive[0] < 0.6 * (once[1] - once[0])
+
+
+def test_bca_counts_half_of_the_ties_as_scipy_does():
+    values = np.array([0.0] * 22 + [1.0] * 3)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, confidence_level=0.90, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    clusters = [f"{i:02}" for i in range(25)]
+    assert stats.cluster_bootstrap_interval(values, clusters, 0.90) == pytest.approx(tuple(theirs))
+    # thirds do not add up exactly, which must not untie them
+    thirds = stats.cluster_bootstrap_interval(values / 3, clusters, 0.90)
+    assert thirds == pytest.approx(tuple(end / 3 for end in theirs))
+
+
+def test_memory_is_bounded_by_chunks_that_change_nothing(monkeypatch):
+    values = np.random.default_rng(2).normal(0, 1, 1000)
+    tracemalloc.start()
+    whole = stats.cluster_bootstrap_interval(values, singletons(1000), 0.90)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80e6  # at once it would be 240 MB
+    monkeypatch.setattr(stats, "CHUNK", 100_000)
+    assert stats.cluster_bootstrap_interval(values, singletons(1000), 0.90) == pytest.approx(whole)
+
+
+def test_equal_clusters_have_no_width():
+    assert stats.cluster_bootstrap_interval([0.1] * 30, singletons(30), 0.90) == pytest.approx((0.1, 0.1))
+    assert stats.cluster_bootstrap_interval([0.0] * 30, singletons(30), 0.90) == (0, 0)
+    pairs = [f"{i // 2}" for i in range(40)]
+    assert stats.cluster_bootstrap_interval([0, 1] * 20, pairs, 0.90) == (0.5, 0.5)
+    assert stats.cluster_bootstrap_interval([0.3, 0.5], ["one", "one"], 0.90) == pytest.approx((0.4, 0.4))
+
+
+def test_bootstrap_p_is_the_level_at_which_the_interval_reaches_zero():
+    values = np.random.default_rng(2).exponential(1, 60) - 0.8
+    p_value = stats.cluster_bootstrap_p(values, singletons(60))
+    assert 0.01 < p_value < 0.2
+    low, _ = stats.cluster_bootstrap_interval(values, singletons(60), 1 - 2 * p_value)
+    assert low == pytest.approx(0, abs=1e-3)
+    assert stats.cluster_bootstrap_p(-values, singletons(60)) == pytest.approx(1 - p_value, abs=0.02)
+
+
+def test_bootstrap_p_at_its_edges():
+    assert stats.cluster_bootstrap_p([1.0, 2.0] * 15, singletons(30)) == pytest.approx(1 / 10_001)
+    assert stats.cluster_bootstrap_p([0.0] * 30, singletons(30)) == 1
+    assert stats.cluster_bootstrap_p([0.2] * 30, singletons(30)) == pytest.approx(1 / 10_001)
+
+
+def test_bootstrap_p_is_level_where_nothing_changed():
+    rng = np.random.default_rng(8)
+    p_values = [stats.cluster_bootstrap_p(rng.normal(0, 1, 40), singletons(40), resamples=500) for _ in range(400)]
+    assert 0.03 <= np.mean(np.array(p_values) < 0.05) <= 0.085
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters"), [([], []), ([1.0], ["a", "b"]), ([1.0, float("nan")], ["a", "b"]), ([[1.0]], ["a"])]
+)
+def test_bootstrap_refuses_what_it_cannot_resample(values, clusters):
+    with pytest.raises(ValueError, match="finite value a cluster"):
+        stats.cluster_bootstrap_interval(values, clusters, 0.90)
+
+
+# ---- how many items
+
+
+@pytest.mark.parametrize(
+    ("margin", "counts"),
+    [(0.10, [13, 31, 62, 124]), (0.05, [50, 124, 248, 495]), (0.02, [310, 773, 1546, 3092])],
+)
+def test_items_needed_at_two_to_twenty_percent_discordance(margin, counts):
+    assert [stats.items_needed(share, margin) for share in (0.02, 0.05, 0.10, 0.20)] == counts
+
+
+def test_without_a_flip_the_score_bound_says_how_many():
+    needed = stats.items_needed(0.0, 0.05, spread=1)
+    assert needed == 52
+    assert stats.tango_interval(0, 0, needed, 0.90)[1] < 0.05 < stats.tango_interval(0, 0, needed - 1, 0.90)[1]
+    assert stats.items_needed(0.0, 2.0, spread=1) == 1
+    with pytest.raises(ValueError, match="margin > 0"):
+        stats.items_needed(0.1, 0.0)
+
+
+@pytest.mark.parametrize(("discordance", "margin"), [(0.02, 0.05), (0.05, 0.10), (0.10, 0.05), (0.20, 0.10)])
+def test_items_needed_for_a_score_interval_give_their_power(discordance, margin):
+    def power(n):
+        flips = np.random.default_rng(6).multinomial(n, [discordance / 2, discordance / 2, 1 - discordance], size=1000)
+        return np.mean([stats.tango_interval(b, c, n, 0.90)[1] < margin for b, c, _ in flips])
+
+    assert 0.77 <= power(stats.items_needed(discordance, margin, spread=1)) <= 0.87
+    if discordance <= margin:
+        assert power(stats.items_needed(discordance, margin)) < 0.6
