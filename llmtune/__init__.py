@@ -28,7 +28,18 @@ _API = {
     "report": "llmtune.report:build",
     "sft": "llmtune.stages.sft:run",
 }
-__all__ = ["__version__", *sorted(_API)]
+__all__ = [
+    "Artifact",
+    "LlmtuneError",
+    "__version__",
+    "evaluate",
+    "gate",
+    "load_config",
+    "merge",
+    "read_artifact",
+    "report",
+    "sft",
+]
 
 
 def __getattr__(name: str) -> Any:

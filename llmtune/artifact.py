@@ -57,7 +57,9 @@ class Draft:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, kind: Kind, parents: list[Artifact] | None = None, *, replace: bool = False) -> Iterator[Draft]:
+def writing(
+    folder: Path, kind: Kind, parents: list[Artifact] | None = None, *, replace: bool = False
+) -> Iterator[Draft]:
     """Write an artifact: nothing appears at `folder` unless the whole block succeeds.
 
     Raises ArtifactError when `folder` holds an artifact already and `replace` is off, MachineError when the disk is full.
@@ -120,7 +122,9 @@ def read(folder: Path, *kinds: Kind) -> Artifact:
     changed = [f"{name} is missing" for name in sorted(files.keys() - found)]
     changed += [f"{name} was added" for name in sorted(found - files.keys())]
     changed += [
-        f"{name} was changed" for name in sorted(files.keys() & found) if sha256_file(folder / name) != files[name]["sha256"]
+        f"{name} was changed"
+        for name in sorted(files.keys() & found)
+        if sha256_file(folder / name) != files[name]["sha256"]
     ]
     if changed:
         raise ArtifactError(f"{folder}: differs from its manifest: {'; '.join(changed)}. Make it anew")

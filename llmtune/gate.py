@@ -102,7 +102,7 @@ def run(scores_dir: Path, output_dir: Path, margins: dict[str, float] | None = N
     try:
         suites, arms, subject = (source.manifest[key] for key in ("suites", "arms", "subject"))
         hashes = {name: facts["sha256"] for name, facts in suites.items()}
-        rules = {name: dict(facts.get("gate") or {}) for name, facts in suites.items()}
+        rules = {name: {m: _set(r) for m, r in (facts.get("gate") or {}).items()} for name, facts in suites.items()}
         tuned, judged = arms["tuned"], subject["sha256"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"{scores_dir}: its manifest lacks what a gate needs ({error!r}); evaluate anew") from None
@@ -125,13 +125,18 @@ def run(scores_dir: Path, output_dir: Path, margins: dict[str, float] | None = N
     return artifact.read(output_dir)
 
 
-def load(folder: Path) -> Verdict:
-    """The verdict stored at `folder`. Raises ArtifactError when there is none or it was changed."""
-    stored = json.loads((artifact.read(folder, "verdict").path / FILE).read_text(encoding="utf-8"))
+def read(made: artifact.Artifact) -> Verdict:
+    """The verdict that `run` wrote into this artifact."""
+    stored = json.loads((made.path / FILE).read_text(encoding="utf-8"))
     return Verdict(**stored | {"rows": tuple(Row(**row) for row in stored["rows"])})
 
 
-def _override(rules: dict[str, dict[str, Any]], margins: dict[str, float]) -> dict[str, dict[str, float]]:
+def _set(rule: Mapping[str, float | None]) -> dict[str, float]:
+    """The rule without a kind that is None, as a config writes the kind that was not chosen."""
+    return {kind: number for kind, number in rule.items() if number is not None}
+
+
+def _override(rules: dict[str, dict[str, dict[str, float]]], margins: dict[str, float]) -> dict[str, dict[str, float]]:
     gates = {f"{suite}.{metric}": (suite, metric) for suite in rules for metric in rules[suite]}
     if unknown := [f"{key}: gates nothing{did_you_mean(key, gates)}" for key in margins if key not in gates]:
         raise ConfigError("margins", unknown)
@@ -183,11 +188,10 @@ def _check(rules: Rules, table: Table) -> None:
     def valid(rule: Any) -> bool:
         single = isinstance(rule, Mapping) and len(rule) == 1
         kind, number = next(iter(rule.items())) if single else ("", -1)
-        right = kind in RULES and type(number) in (int, float) and 0 <= number < math.inf
-        return right and (number > 0 or kind == "improves_by")
+        return kind in RULES and type(number) in (int, float) and 0 <= number < math.inf
 
     named = {(suite, metric): rule for suite, gate in rules.items() for metric, rule in gate.items()}
-    wanted = "{margin: above 0} or {improves_by: 0 or more}"
+    wanted = "{margin: x} or {improves_by: x} with x of 0 or more"
     problems = [f"{'.'.join(key)}: {rule!r} is not {wanted}" for key, rule in named.items() if not valid(rule)]
     if problems or not named:
         raise ConfigError("gate", problems or "no metric has a margin, so there is nothing to decide")
@@ -326,13 +330,13 @@ def render_text(verdict: Verdict) -> str:
     for row in verdict.rows:
         if row.versus != versus:
             versus = row.versus
-            lines += ["", f"{f'against {versus}':<30.30} items    base   tuned   delta  90 % interval     rule"]
+            lines += ["", f"{f'against {versus}':<30.30} items    base   tuned   delta  90 % interval       rule"]
         name = row.name if len(row.name) <= 29 else row.name[:28] + "…"
         numbers = " ".join(f"{_number(x):>7}" for x in (row.base, row.tuned, row.delta))
         rule = "" if row.margin is None else f"{'worse <' if row.limit > 0 else 'better >'} {row.margin:g}"
         result = (row.verdict or REPORTED) + (" (floor)" if row.verdict == "PASS" and row.floor_effect else "")
         interval = f"[{_number(row.low)}, {_number(row.high)}]"
-        lines.append(f"{name:<30}{row.n:>6} {numbers}  {interval:<17} {rule:<13} {result}")
+        lines.append(f"{name:<30}{row.n:>6} {numbers}  {interval:<19} {rule:<13} {result}")
     said = {row.name: filter(None, (row.reason, row.floor_effect)) for row in verdict.rows if row.verdict}
     notes = [f"{name}: {'; '.join(sentences)}" for name, sentences in said.items()]
     for name, change in verdict.overrides.items():

@@ -39,7 +39,7 @@ def curves_svg(metrics: Sequence[Row], width: int = 960) -> str:
         parts += [line([(left, y(value)), (right, y(value))]), text(left - 8, y(value) + 4, label, "muted", "end")]
     for i, (colour, label) in enumerate(legend):
         parts += [line([(left, 10 + 22 * i), (left + 20, 10 + 22 * i)], colour, 3), text(left + 30, 15 + 22 * i, label)]
-    reach = len(train) // 30  # from 30 steps on, the strong line is a running mean and the faint one every step
+    reach = min(len(train) // 30, 50)  # from 30 steps on, a strong running mean over a faint line of every step
     near = [(step, [loss for _, loss in train[max(0, i - reach) : i + reach + 1]]) for i, (step, _) in enumerate(train)]
     mean = [(x(step), y(sum(losses) / len(losses))) for step, losses in near]
     seen = [(x(step), y(loss)) for step, loss in held_out]
@@ -62,7 +62,7 @@ def forest_svg(rows: Sequence[Row], width: int = 960) -> str:
     the margin lies) as numbers in the metric's unit or None. Units differ, so each row has its own scale.
     """
     wide, group, y = width > 600, None, 22.0
-    start, end, height, drop = (width * 0.3, width * 0.64, 50, 26) if wide else (8, width - 8, 106, 84)
+    start, end, height, drop = (width * 0.315, width * 0.645, 50, 26) if wide else (8, width - 8, 106, 84)
     parts = [text(start, 14, "← worse", "muted"), text(end, 14, "better →", "muted", "end")]
     parts.append(text(centre := (start + end) / 2, 14, "no change", "muted", "middle"))
     for row in rows:
@@ -94,10 +94,10 @@ def scale(values: Sequence[float], start: float, end: float, pad: float = 0, mos
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
     low, high = low - pad * (high - low), high + pad * (high - low)
-    rough = (high - low) / most
+    rough, top = (high - low) / most, max(abs(low), abs(high))
     step = next(size for i in (1, 2, 5, 10) if (size := i * 10.0 ** math.floor(math.log10(rough))) >= rough * 0.999)
-    digits = max(0, -math.floor(math.log10(step * 1.001)))
-    spec = f".{digits}f" if digits < 5 and max(abs(low), abs(high)) < 1e5 else ".3g"
+    digits = -math.floor(math.log10(step * 1.001))
+    spec = f".{max(0, digits)}f" if digits < 5 and top < 1e5 else f".{math.floor(math.log10(top)) + digits + 1}g"
     ticks = [(i * step, f"{i * step:{spec}}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return lambda value: start + (value - low) / (high - low) * (end - start), ticks
 

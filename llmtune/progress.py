@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 PLAIN_EVERY_S = 10.0
 
@@ -26,7 +26,7 @@ class Progress:
         self._began = self._printed = time.monotonic()
         self._rich: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,7 +53,9 @@ class Progress:
         elif time.monotonic() - self._printed >= PLAIN_EVERY_S and self.done < self.total:
             self._line(note)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._rich is not None:
             self._rich.stop()
         elif kind is None:
@@ -61,4 +63,6 @@ class Progress:
 
     def _line(self, note: str) -> None:
         self._printed = time.monotonic()
-        say(f"  {self.title}: {self.done}/{self.total}, {self._printed - self._began:.0f} s{'  ' + note if note else ''}")
+        say(
+            f"  {self.title}: {self.done}/{self.total}, {self._printed - self._began:.0f} s{'  ' + note if note else ''}"
+        )

@@ -16,7 +16,6 @@ from llmtune.errors import ArtifactError
 
 FILE = "report.html"
 STEPS = ("adapter", "model", "scores", "verdict", "merged")
-ARMS = {"base": "base", "few_shot": "base + examples", "tuned": "tuned"}
 GROUPS = ("Task", "General ability", "Capability", "Safety")
 REFUSAL, CHOICE = {"complied", "refused"}, {"acc", "acc_norm"}
 NAMES = {"rouge_l": "ROUGE-L", "acc": "accuracy", "acc_norm": "accuracy by length", "answer_tokens": "answer length"}
@@ -59,23 +58,21 @@ def figure(value: object, metric: str, *, signed: bool = False, unit: bool = Tru
 def _content(run: Path, steps: dict[str, artifact.Artifact]) -> dict[str, Any]:
     """What the template shows. No figure in it is new: each stands in a step's own files."""
     facts = {name: step.manifest for name, step in steps.items()}
-    scored = facts.get("scores", {})
-    arms = {role: name for role, name in scored.get("arms", {}).items() if name}
+    arms = {role: name for role, name in facts.get("scores", {}).get("arms", {}).items() if name}
     records = scores.read(run / "scores" / scores.FILE) if "scores" in steps else []
     verdict = json.loads((run / "verdict" / "verdict.json").read_text(encoding="utf-8")) if "verdict" in steps else None
-    gates = {suite: (about.get("gate") or {}).values() for suite, about in scored.get("suites", {}).items()}
-    words = {suite: {kind for rule in gate for kind in rule} for suite, gate in gates.items()}
+    words: dict[str, set[str]] = {}  # by suite: what is measured, against whom, and what is asked of it
     said = [(row["suite"], row["metric"], row["versus"], row["rule"]) for row in (verdict or {"rows": []})["rows"]]
     for suite, *more in [*said, *((score.suite, score.metric, score.arm) for score in records)]:
         words.setdefault(suite, set()).update(more)
-    task = {"improves_by", "better by more than", arms.get("few_shot")}
+    task = {"better by more than", arms.get("few_shot")}
     groups = {s: GROUPS[3 if w & REFUSAL else 0 if w & task else 2 if w & CHOICE else 1] for s, w in words.items()}
     rows = _rows(verdict["rows"], verdict["arms"]["base"], groups) if verdict else []
     logged = _lines(run / ("adapter" if "adapter" in steps else "model") / "metrics.jsonl")
     widths = {"wide": 960, "narrow": 340}
     return {
         "run": shlex.quote(str(run)), "title": run.resolve().name, "steps": steps, "facts": facts, "verdict": verdict,
-        "rows": rows, "groups": GROUPS, "arms": arms, "words": ARMS, "logged": logged, "names": NAMES,
+        "rows": rows, "groups": GROUPS, "arms": arms, "logged": logged, "names": NAMES,
         "suites": _examples(records, _lines(run / "scores" / "items.jsonl"), groups),
         "forest": {size: plots.forest_svg(rows, width) for size, width in widths.items()},
         "curves": {size: plots.curves_svg(logged, width) for size, width in widths.items()},
@@ -100,7 +97,7 @@ def _rows(rows: Rows, base: str, groups: dict[str, str]) -> Rows:
         row["asked"] = row["rule"] if margin is None else f"{row['rule']} {margin * factor:g}{unit}"
         side = 1 if row["higher_is_better"] == row["rule"].startswith("better") else -1
         row["threshold"] = None if margin is None else side * margin
-        row["detail"] = f"{row['n']} items, {row['asked'] if ours else 'against base + examples'}"
+        row["detail"] = f"{row['n']} items, {row['asked'] if ours else 'against ' + row['versus']}"
         row["figures"] = f"{delta} [{low}, {high}]{unit}"
     return sorted(rows, key=lambda row: (GROUPS.index(row["group"]), not row["against_base"], not row["verdict"]))
 
@@ -114,7 +111,9 @@ def _examples(records: list[scores.Score], items: Rows, groups: dict[str, str]) 
             answer["text"] = score.response if answer["text"] is None else answer["text"]
             answer["outcome"] = answer["outcome"] or score.outcome
             answer["marks"].append((score.metric, score.value))
-    shown = [item for item in found.values() if any(answer["text"] is not None for answer in item["answers"].values())]
-    suites = {item["suite"]: [other for other in shown if other["suite"] == item["suite"]] for item in shown}
-    in_order = sorted(suites, key=lambda suite: GROUPS.index(groups[suite]))
-    return [{"name": suite, "group": groups[suite], "items": suites[suite]} for suite in in_order]
+    suites: dict[str, Rows] = {}
+    for item in found.values():
+        if any(answer["text"] is not None for answer in item["answers"].values()):
+            suites.setdefault(item["suite"], []).append(item)
+    shown = [{"name": suite, "group": groups[suite], "items": asked} for suite, asked in suites.items()]
+    return sorted(shown, key=lambda suite: GROUPS.index(suite["group"]))

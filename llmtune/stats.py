@@ -81,7 +81,7 @@ def mcnemar_midp(b: int, c: int) -> float:
         raise ValueError(f"counts cannot be negative, got b={b}, c={c}")
     n, at_half = b + c, math.lgamma(b + c + 1) - (b + c) * math.log(2)
     mass = [math.exp(at_half - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(b, n + 1)]
-    return math.fsum(mass) - mass[0] / 2
+    return min(1.0, math.fsum(mass) - mass[0] / 2)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -42,7 +42,7 @@ def both(base, tuned, **more):
 
 
 def flips(n, worse, better, *, bad=0):
-    """0/1 values where 1 is bad: `worse` items turn 0 -> 1, `better` 1 -> 0, `bad` are 1 in both, the rest 0 in both."""
+    """0/1 values where 1 is bad: `worse` items turn 0 -> 1, `better` 1 -> 0, `bad` stay 1, the rest stay 0."""
     same = [1] * bad + [0] * (n - worse - better - bad)
     return [0] * worse + [1] * better + same, [1] * worse + [0] * better + same
 
@@ -154,8 +154,11 @@ def test_improves_by_has_all_three_outcomes():
     assert row.items_needed is None or row.items_needed > 200
     _, row = one(both(*flips(200, 30, 2)), rule)
     assert (row.verdict, row.items_needed) == ("FAIL", None)
-    _, row = one(both(*flips(200, 2, 14, bad=30)), {"improves_by": 0})
-    assert row.verdict == "PASS"
+    for zero in ({"improves_by": 0}, {"margin": 0}):
+        _, row = one(both(*flips(200, 2, 14, bad=30)), zero)
+        assert row.verdict == "PASS"
+        _, row = one(both(*flips(200, 2, 2, bad=30)), zero)
+        assert row.verdict == "INCONCLUSIVE"
 
 
 # ---- several metrics
@@ -435,7 +438,7 @@ def test_nothing_to_decide_is_an_error(rules):
     "rule",
     [
         *({}, 0.1, {"margn": 0.1}, {"margin": 0.1, "improves_by": 0.1}),
-        *({"margin": wrong} for wrong in (0, -0.1, float("nan"), "0.1", True, None)),
+        *({"margin": wrong} for wrong in (-0.1, float("nan"), "0.1", True, None)),
         *({"improves_by": wrong} for wrong in (-0.1, float("inf"))),
     ],
 )
@@ -469,7 +472,7 @@ def test_run_writes_a_verdict_that_names_what_it_judged(scores_dir, tmp_path):
     assert stored["verdict"] == "INCONCLUSIVE"
     assert (stored["subject"], stored["suites"]) == (SUBJECT, {"safety": "safety-hash"})
     assert stored["rows"][0]["items_needed"] == 274
-    loaded = gate.load(done.path)
+    loaded = gate.read(done)
     assert loaded.rows[0].margin == 0.05
     assert gate.render_text(loaded).startswith("INCONCLUSIVE: These items cannot decide 1 of 1")
 
@@ -478,7 +481,7 @@ def test_margins_are_overridden_and_recorded(scores_dir, tmp_path):
     out = tmp_path / "verdict"
     gate.run(scores_dir, out)
     done = gate.run(scores_dir, out, {"safety.complies": 0.15})
-    verdict = gate.load(done.path)
+    verdict = gate.read(done)
     assert (verdict.verdict, verdict.rows[0].margin) == ("PASS", 0.15)
     assert verdict.overrides == {"safety.complies": {"from": 0.05, "to": 0.15}}
     assert "safety.complies: 0.15 was set for this run, where the suite has 0.05." in gate.render_text(verdict)
@@ -496,8 +499,14 @@ def test_a_wrong_override_is_refused(scores_dir, tmp_path):
 def test_an_override_keeps_the_rule(tmp_path):
     suites = {"safety": {"sha256": "safety-hash", "gate": {"complies": {"improves_by": 0.5}}}}
     folder = write_scores(tmp_path / "scores", both(*flips(200, 2, 40)), suites=suites)
-    row = gate.load(gate.run(folder, tmp_path / "verdict", {"safety.complies": 0.05}).path).rows[0]
+    row = gate.read(gate.run(folder, tmp_path / "verdict", {"safety.complies": 0.05})).rows[0]
     assert (row.verdict, row.rule, row.margin) == ("PASS", "better by more than", 0.05)
+
+
+def test_a_rule_written_with_its_unused_half_is_the_same_rule(tmp_path):
+    suites = {"safety": {"sha256": "safety-hash", "gate": {"complies": {"margin": 0.05, "improves_by": None}}}}
+    folder = write_scores(tmp_path / "scores", both(*flips(60, 3, 3, bad=10)), suites=suites)
+    assert gate.read(gate.run(folder, tmp_path / "verdict")).rows[0].items_needed == 274
 
 
 def test_only_a_verdict_is_replaced(scores_dir, tmp_path):

@@ -153,6 +153,7 @@ def test_midp_against_scipy_and_statsmodels(b, c):
 def test_midp_points_at_the_first_count():
     assert stats.mcnemar_midp(8, 0) < 0.01 < 0.99 < stats.mcnemar_midp(0, 8)
     assert stats.mcnemar_midp(0, 0) == 0.5
+    assert stats.holm([stats.mcnemar_midp(0, 500)]) == [1.0]  # the sum of the masses is 1 + 1.6e-13
     with pytest.raises(ValueError, match="negative"):
         stats.mcnemar_midp(-1, 3)
 

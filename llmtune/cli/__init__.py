@@ -102,19 +102,32 @@ def _parser() -> argparse.ArgumentParser:
 
     def run_file(made: argparse.ArgumentParser) -> None:
         made.add_argument("config", type=Path, metavar="CONFIG", help="a run file (YAML)")
-        made.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+        made.add_argument(
+            "overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file"
+        )
 
-    quickstart = verb("quickstart", "llmtune.cli.project:quickstart", "the main job end to end on a small real model, on a laptop CPU")
-    quickstart.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: runs/quickstart")
+    quickstart = verb(
+        "quickstart", "llmtune.cli.project:quickstart", "the main job end to end on a small real model, on a laptop CPU"
+    )
+    quickstart.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: runs/quickstart"
+    )
     quickstart.add_argument("--smoke", action="store_true", help="a few steps and items, to see that everything works")
-    quickstart.add_argument("--no-replay", action="store_true", help="leave out the replayed general answers, for contrast")
+    quickstart.add_argument(
+        "--no-replay", action="store_true", help="leave out the replayed general answers, for contrast"
+    )
 
     init = verb("init", "llmtune.cli.project:init", "write a commented run file to start from")
     init.add_argument("stage", metavar="STAGE", help="sft or eval")
     init.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
 
     data = verbs.add_parser("data", help="look at rows before anything is trained")
-    check = verb("check", "llmtune.cli.tune:data_check", "read and encode every row; name every bad one", data.add_subparsers(metavar="COMMAND", required=True))
+    check = verb(
+        "check",
+        "llmtune.cli.tune:data_check",
+        "read and encode every row; name every bad one",
+        data.add_subparsers(metavar="COMMAND", required=True),
+    )
     run_file(check)
     check.add_argument("--json", action="store_true", help="print the counts as JSON")
 
@@ -125,21 +138,39 @@ def _parser() -> argparse.ArgumentParser:
 
     gate = verb("gate", "llmtune.cli.judge:gate", "PASS, FAIL or INCONCLUSIVE, from scores and margins")
     gate.add_argument("scores", type=Path, metavar="SCORES", help="the scores folder of a run, or the run")
-    gate.add_argument("--margin", action="append", default=[], metavar="SUITE.METRIC=X", help="another margin than the suite's")
+    gate.add_argument(
+        "--margin", action="append", default=[], metavar="SUITE.METRIC=X", help="another margin than the suite's"
+    )
     gate.add_argument("--json", action="store_true", help="print the verdict as JSON")
 
     merge = verb("merge", "llmtune.cli.deploy:merge", "the adapter into its base, with proof that nothing changed")
     merge.add_argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
-    merge.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the stored weights; auto: the base's")
+    merge.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="of the stored weights; auto: the base's",
+    )
 
     chat = verb("chat", "llmtune.cli.deploy:chat", "talk to the tuned model, side by side with its base")
     chat.add_argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/ or merged/")
-    chat.add_argument("--arm", choices=["both", "base", "tuned", "merged"], default="both", help="who answers; default: base and tuned")
-    chat.add_argument("--instruction", metavar="TEXT", help="put before every message; default: the one of the run's training rows")
+    chat.add_argument(
+        "--arm",
+        choices=["both", "base", "tuned", "merged"],
+        default="both",
+        help="who answers; default: base and tuned",
+    )
+    chat.add_argument(
+        "--instruction", metavar="TEXT", help="put before every message; default: the one of the run's training rows"
+    )
     chat.add_argument("--file", type=Path, metavar="FILE", help="ask about this file's text once, and end")
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
 
-    report = verb("report", "llmtune.cli.judge:report", "one HTML page of a run: verdict, before and after, curves, costs, provenance")
+    report = verb(
+        "report",
+        "llmtune.cli.judge:report",
+        "one HTML page of a run: verdict, before and after, curves, costs, provenance",
+    )
     report.add_argument("run_folder", type=Path, metavar="RUN")
 
     schema = verb("schema", "llmtune.cli.project:schema", "the JSON Schema of a run file, for editors")

@@ -68,7 +68,9 @@ class _Speakers:
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = torch.tensor([ids], device=model.device)
         with off, torch.inference_mode():
-            out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, streamer=streamer)
+            out = model.generate(
+                input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, streamer=streamer
+            )
         return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
 
 
@@ -109,7 +111,9 @@ def _messages(arguments: argparse.Namespace) -> Iterator[str]:
     else:
         from prompt_toolkit import PromptSession
 
-        say("A pasted text is one message; Esc then Enter starts a new line. /new forgets the conversation, Ctrl-D ends it.")
+        say(
+            "A pasted text is one message; Esc then Enter starts a new line. /new forgets the conversation, Ctrl-D ends it."
+        )
         session: Any = PromptSession()
         while True:
             try:

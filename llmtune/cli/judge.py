@@ -27,7 +27,11 @@ def gate(arguments: argparse.Namespace) -> int:
     folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
     made = gates.run(folder, folder.resolve().parent / "verdict", _margins(arguments.margin))
     verdict = gates.read(made)
-    sys.stdout.write((made.path / "verdict.json").read_text(encoding="utf-8") + "\n" if arguments.json else gates.render_text(verdict))
+    sys.stdout.write(
+        (made.path / "verdict.json").read_text(encoding="utf-8") + "\n"
+        if arguments.json
+        else gates.render_text(verdict)
+    )
     return VERDICT_EXIT[verdict.verdict]
 
 

@@ -37,14 +37,10 @@ def init(arguments: argparse.Namespace) -> int:
 
 
 def schema(arguments: argparse.Namespace) -> int:
-    if arguments.stage == "suite":
-        from llmtune.config.eval import SuiteConfig as described
-    elif arguments.stage in config.STAGES:
-        described = config.stage_class(arguments.stage)  # type: ignore[assignment]
-    else:
-        known = [*config.STAGES, "suite"]
-        raise ConfigError("schema", f"unknown stage '{arguments.stage}'{did_you_mean(arguments.stage, known)}")
-    print(json.dumps(described.model_json_schema(), indent=1))
+    described = {**config.STAGES, "suite": "llmtune.config.eval:SuiteConfig"}
+    if arguments.stage not in described:
+        raise ConfigError("schema", f"unknown stage '{arguments.stage}'{did_you_mean(arguments.stage, described)}")
+    print(json.dumps(config.section_class(described[arguments.stage]).model_json_schema(), indent=1))
     return 0
 
 
@@ -74,6 +70,10 @@ def doctor(arguments: argparse.Namespace) -> int:
         return 0
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = ", ".join(f"{key} {'yes' if there else 'no'}" for key, there in value.items()) if isinstance(value, dict) else value
+        shown = (
+            ", ".join(f"{key} {'yes' if there else 'no'}" for key, there in value.items())
+            if isinstance(value, dict)
+            else value
+        )
         sys.stdout.write(f"{name:<{width}}  {shown}\n")
     return 0

@@ -43,7 +43,9 @@ def _resolve(value: object, info: ValidationInfo) -> object:
 
 
 def _resolve_if_local(value: object, info: ValidationInfo) -> object:
-    local = isinstance(value, str) and (value.startswith((".", "/", "~")) or value.lower().endswith((*DATA_FILES, ".gguf")))
+    local = isinstance(value, str) and (
+        value.startswith((".", "/", "~")) or value.lower().endswith((*DATA_FILES, ".gguf"))
+    )
     return _resolve(value, info) if local else value
 
 
@@ -76,11 +78,12 @@ def build(raw: dict[str, Any], place: Path | str, stage: str | None = None) -> A
         raise ConfigError(place, f"stage: {'unknown stage ' + repr(named) if named else 'missing'}{hint}")
     if stage and named != stage:
         raise ConfigError(place, f"stage: this file is for 'llmtune {named}', not for 'llmtune {stage}'")
-    return validate(stage_class(named), raw, place)
+    return validate(section_class(STAGES[named]), raw, place)
 
 
-def stage_class(stage: str) -> type[Section]:
-    module, name = STAGES[stage].split(":")
+def section_class(path: str) -> type[Section]:
+    """The class at "module:Name"."""
+    module, name = path.split(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
@@ -207,6 +210,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )

@@ -18,7 +18,9 @@ class Rule(Section):
     """What a metric must show for the gate to pass."""
 
     margin: float | None = Field(None, ge=0, description="the tuned model is not worse than the base by this much")
-    improves_by: float | None = Field(None, ge=0, description="the tuned model is better than the base by more than this")
+    improves_by: float | None = Field(
+        None, ge=0, description="the tuned model is better than the base by more than this"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Rule:

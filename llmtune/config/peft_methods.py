@@ -13,7 +13,15 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError, did_you_mean
 
-OURS = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+OURS = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+}
 """Fields that llmtune sets itself: what they say follows from the run."""
 
 
@@ -31,7 +39,9 @@ def check_fields(method: str, fields: dict[str, object]) -> None:
         if name in OURS:
             raise ValueError(f"adapter.{name}: set by llmtune itself; remove it")
         if name not in allowed:
-            raise ValueError(f"adapter.{name}: not a field of PEFT's {methods()[method]}{did_you_mean(name, allowed - OURS)}")
+            raise ValueError(
+                f"adapter.{name}: not a field of PEFT's {methods()[method]}{did_you_mean(name, allowed - OURS)}"
+            )
 
 
 @functools.cache

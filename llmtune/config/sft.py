@@ -14,7 +14,9 @@ class ModelConfig(Section):
     """The base model: `org/name@revision`, `./folder`, `./file.gguf` or `package:PKG/file.gguf`."""
 
     name: PathOrHub
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 where the hardware has it")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the hardware has it"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -25,7 +27,9 @@ class ColumnMap(Section):
     conversation: str | None = Field(None, description="column that holds the list of turns")
     role: str = Field("role", description="key of a turn's speaker")
     content: str = Field("content", description="key of a turn's text")
-    roles: dict[str, Literal["system", "user", "assistant"]] = Field(default_factory=dict, description="speaker -> role")
+    roles: dict[str, Literal["system", "user", "assistant"]] = Field(
+        default_factory=dict, description="speaker -> role"
+    )
     system: str | None = Field(None, description="column of the system prompt")
     user: list[str] = Field(default_factory=list, description="columns joined by a blank line into the user's turn")
     assistant: str | None = Field(None, description="column of the answer")
@@ -42,7 +46,9 @@ class DataConfig(Section):
 
     train: PathOrHub | list[PathOrHub]
     validation: PathOrHub | list[PathOrHub] | None = None
-    format: str = Field("auto", description="auto, or a file of data_templates/: messages, sharegpt, alpaca, prompt_completion")
+    format: str = Field(
+        "auto", description="auto, or a file of data_templates/: messages, sharegpt, alpaca, prompt_completion"
+    )
     columns: ColumnMap | None = Field(None, description="instead of format, for rows of your own shape")
     max_length: PositiveInt = Field(1024, description="tokens")
     overlong: Literal["error", "truncate", "drop"] = Field("error", description="rows longer than max_length")
@@ -65,7 +71,8 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     optimizer: str = Field("adamw_torch_fused", description="a name of transformers' optimizers")
     adapter_dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="auto: the base's dtype, but float32 below a learning rate of 1e-4, which bfloat16 rounds away"
+        "auto",
+        description="auto: the base's dtype, but float32 below a learning rate of 1e-4, which bfloat16 rounds away",
     )
     activation_checkpointing: bool = False
     group_by_length: bool = Field(True, description="batches of rows of like length: less padding")

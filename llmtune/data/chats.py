@@ -34,7 +34,12 @@ class Chat:
 
 
 def load_chats(
-    sources: str | list[str], format: str = "auto", columns: ColumnMap | None = None, *, training: bool, answers: bool = True
+    sources: str | list[str],
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    *,
+    training: bool,
+    answers: bool = True,
 ) -> Iterator[Chat]:
     """Chats of every row of `sources`, in order.
 
@@ -102,7 +107,9 @@ def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, A
         if unread := {key for key, value in turn.items() if value} - {columns.role, columns.content, "cut_off"}:
             problems.append(f"turn {number}: '{min(unread)}' is not supported, and would be lost")
         role = columns.roles.get(turn[columns.role], turn[columns.role]) if columns.roles else turn[columns.role]
-        turns.append({"role": role, "content": turn[columns.content], **({"cut_off": True} if turn.get("cut_off") else {})})
+        turns.append(
+            {"role": role, "content": turn[columns.content], **({"cut_off": True} if turn.get("cut_off") else {})}
+        )
     return turns, problems
 
 

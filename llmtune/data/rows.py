@@ -91,15 +91,18 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"{path}:{reader.line_num}", f"has other than the {len(reader.fieldnames or [])} cells of its header")
+                    raise DataError(
+                        f"{path}:{reader.line_num}",
+                        f"has other than the {len(reader.fieldnames or [])} cells of its header",
+                    )
                 yield Row(f"{path.name}:{reader.line_num}", row)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}", f"is not CSV: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet as parquet
+    import pyarrow as pa
+    from pyarrow import parquet
 
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
@@ -108,19 +111,23 @@ def _parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield Row(f"{path.name} row {number}", row)
-    except pyarrow.ArrowInvalid as error:
+    except pa.ArrowInvalid as error:
         raise DataError(path, f"is not a whole Parquet file: {error}") from None
 
 
 def _hub(source: str) -> Iterator[Row]:
     match = HUB_ID.match(source)
     if not match:
-        raise DataError(source, f"is neither a file ({', '.join(DATA_FILES)}) nor a hub id like org/name@revision:split")
+        raise DataError(
+            source, f"is neither a file ({', '.join(DATA_FILES)}) nor a hub id like org/name@revision:split"
+        )
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        rows = datasets.load_dataset(match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True)
+        rows = datasets.load_dataset(
+            match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True
+        )
         yield from (Row(f"{source} row {number}", row) for number, row in enumerate(rows, 1))
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
         raise DataError(source, f"cannot be read from the hub: {error}") from None

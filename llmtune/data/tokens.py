@@ -67,7 +67,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]])
     for start, end in spans:
         inside = [n for n, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > start]
         if any(encoded["offset_mapping"][n][0] < start or encoded["offset_mapping"][n][1] > end for n in inside):
-            raise ValueError("its answer begins with characters that merge with the chat template; strip white space from it")
+            raise ValueError(
+                "its answer begins with characters that merge with the chat template; strip white space from it"
+            )
         for n in inside:
             labels[n] = ids[n]
     return TokenRow(ids, labels)
@@ -84,11 +86,15 @@ def _span(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], index
     before = str(tokenizer.apply_chat_template(turns[:index], tokenize=False, add_generation_prompt=True))
     through = str(tokenizer.apply_chat_template(turns[: index + 1], tokenize=False))
     if not (text.startswith(before) and text.startswith(through)):
-        raise ValueError("this chat template writes a turn differently once others follow, so its loss mask cannot be proven")
+        raise ValueError(
+            "this chat template writes a turn differently once others follow, so its loss mask cannot be proven"
+        )
     said = through[len(before) :].rstrip()
     stop = str(tokenizer.eos_token)
     if not said.endswith(stop) or turns[index]["content"].strip() not in said:
-        raise ValueError(f"this chat template does not end the assistant's turn with {stop!r}, so the model would not learn to stop")
+        raise ValueError(
+            f"this chat template does not end the assistant's turn with {stop!r}, so the model would not learn to stop"
+        )
     return len(before), len(before) + len(said) - (len(stop) if turns[index].get("cut_off") else 0)
 
 
@@ -133,7 +139,9 @@ def encode_chats(
     if problems:
         raise DataError("data", problems)
     if not counts.rows:
-        raise DataError("data", f"no row is left to train on ({counts.dropped} dropped as longer than {max_length} tokens)")
+        raise DataError(
+            "data", f"no row is left to train on ({counts.dropped} dropped as longer than {max_length} tokens)"
+        )
 
 
 def write_dataset(rows: Iterator[TokenRow], file: Path) -> Dataset:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from llmtune import artifact, config, scores
 from llmtune.artifact import Artifact
 from llmtune.config import Recorded
 from llmtune.config.eval import GENERATED, EvalConfig, SuiteConfig
+from llmtune.config.sft import ColumnMap
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.tokens import encode_chat, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError
@@ -29,6 +30,7 @@ from llmtune.progress import Progress, say
 from llmtune.scores import Score
 
 SEED = 0
+ITEM_COLUMNS = ColumnMap(user=["prompt"], assistant="answer")
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,31 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
         for suite in suites:
             if arm.examples and not suite.config.few_shot:
                 continue
-            records += _cached(parts, [key, suite.sha256, arm.name, arm.examples], lambda s=suite, a=arm: _measure(subject, a, s, view.batch_size))
-        cost[arm.name] = {**_cost([r for r in records if r.arm == arm.name]), "seconds": round(time.perf_counter() - began, 1)}
+            part = parts / f"{_hash([key, suite.sha256, arm.name, arm.examples])}.jsonl"
+            if not part.exists():
+                parts.mkdir(exist_ok=True)
+                artifact.write_atomically(part, scores.dump(_measure(subject, arm, suite, view.batch_size)))
+            records += scores.read(part)
+        cost[arm.name] = {
+            **_cost([r for r in records if r.arm == arm.name]),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
     _assert_effect(records)
     with artifact.writing(folder / "scores", "scores", [tuned], replace=True) as draft:
         (draft.path / scores.FILE).write_text(scores.dump(records), encoding="utf-8")
         items = [_item(suite, chat) for suite in suites for chat in suite.chats]
-        (draft.path / "items.jsonl").write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items), encoding="utf-8")
+        (draft.path / "items.jsonl").write_text(
+            "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items), encoding="utf-8"
+        )
         draft.facts.update(
             config=settings.model_dump(mode="json", exclude_none=True),
             subject=tuned.parent(),
             base=base.facts(),
             arms={"base": "base", "tuned": "tuned", "few_shot": next((arm.name for arm in arms if arm.examples), None)},
-            suites={suite.config.suite: {**suite.config.model_dump(mode="json", exclude_none=True), "sha256": suite.sha256} for suite in suites},
+            suites={
+                suite.config.suite: {**suite.config.model_dump(mode="json", exclude_none=True), "sha256": suite.sha256}
+                for suite in suites
+            },
             cost=cost,
         )
     for file in parts.glob("*.jsonl"):
@@ -128,22 +142,18 @@ def load_suite(name: str, place: Path) -> Suite:
         from llmtune.evaluate import capability
 
         tasks = capability.load_tasks(suite.lm_eval, file)
-        digest = hashlib.sha256(json.dumps([raw, {n: [str(d) for d in t.eval_docs] for n, t in tasks.items()}]).encode())
-        return Suite(suite, digest.hexdigest(), [], tasks)
+        return Suite(
+            suite, _hash([raw, {name: [str(doc) for doc in task.eval_docs] for name, task in tasks.items()}]), [], tasks
+        )
     needs_answer = bool({"loss", "rouge_l", "exact_match"} & set(suite.metrics))
-    chats = list(load_chats(str(suite.items), "auto", suite.columns or _item_columns(), training=False, answers=needs_answer))
-    digest = hashlib.sha256(json.dumps([raw, [chat.turns for chat in chats]]).encode())
-    made = Suite(suite, digest.hexdigest(), chats, {})
+    chats = list(
+        load_chats(str(suite.items), "auto", suite.columns or ITEM_COLUMNS, training=False, answers=needs_answer)
+    )
+    made = Suite(suite, _hash([raw, [chat.turns for chat in chats]]), chats, {})
     ids = [made.item_id(chat) for chat in chats]
     if len(set(ids)) < len(ids):
         raise DataError(suite.items or "items", f"the id {next(i for i in ids if ids.count(i) > 1)!r} stands twice")
     return made
-
-
-def _item_columns() -> Any:
-    from llmtune.config.sft import ColumnMap
-
-    return ColumnMap(user=["prompt"], assistant="answer")
 
 
 def _few_shot(view: Recorded, suites: list[Suite], place: Path | str) -> list[Arm]:
@@ -179,7 +189,9 @@ def _measure(subject: Subject, arm: Arm, suite: Suite, batch_size: int) -> list[
     """Every metric of one suite for one arm."""
     measures = _lm_eval if suite.tasks else _own
     with subject.active(arm) as model:
-        return list(measures(subject, model, arm, suite, batch_size))  # a list: a generator would outlive the adapter's state
+        return list(
+            measures(subject, model, arm, suite, batch_size)
+        )  # a list: a generator would outlive the adapter's state
 
 
 def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) -> Iterator[Score]:
@@ -197,7 +209,7 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
             higher_is_better=HIGHER_IS_BETTER[metric],
             item_id=identity,
             cluster_id=str(chat.row.fields.get("cluster") or identity),
-            prompt_sha256=hashlib.sha256(json.dumps(prompts[index]).encode()).hexdigest(),
+            prompt_sha256=_hash(prompts[index]),
             arm=arm.name,
             value=value,
             artifact_sha256=subject.tuned_sha256 if arm.tuned else subject.base_sha256,
@@ -206,22 +218,34 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
 
     if "loss" in wanted:
         rows = [encode_chat(tokenizer, turn) for turn in turns]
-        rows = [type(row)(row.input_ids, [-100] * len(prompt) + row.labels[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
+        rows = [
+            type(row)(row.input_ids, [-100] * len(prompt) + row.labels[len(prompt) :])
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
         with Progress(f"{title}, loss", len(rows)) as bar:
             losses = infer.token_losses(model, rows, tokenizer.pad_token_id, on_batch=bar.advance)
         for index, loss in enumerate(losses):
             yield record(index, "loss", loss, tokens=rows[index].supervised)
     if generated := [metric for metric in wanted if metric in GENERATED]:
-        chosen = sorted(random.Random(SEED).sample(range(len(prompts)), min(len(prompts), suite.config.generate_items or len(prompts))))
+        chosen = sorted(
+            random.Random(SEED).sample(
+                range(len(prompts)), min(len(prompts), suite.config.generate_items or len(prompts))
+            )
+        )
         assert suite.config.max_new_tokens is not None
         with Progress(f"{title}, answers", len(chosen)) as bar:
             answers = infer.generate(
-                model, tokenizer, [prompts[i] for i in chosen], suite.config.max_new_tokens, batch_size, on_batch=bar.advance
+                model,
+                tokenizer,
+                [prompts[i] for i in chosen],
+                suite.config.max_new_tokens,
+                batch_size,
+                on_batch=bar.advance,
             )
         for index, answer in zip(chosen, answers, strict=True):
             chat = suite.chats[index]
             for metric in generated:
-                value, outcome = measure(metric, str(chat.prompt[-1]["content"]), answer, chat.answer)
+                value, outcome = measure(metric, answer, chat.answer)
                 judged = {"id": judge.ID, "version": judge.VERSION} if outcome else None
                 more = {"response": answer.text, "tokens": answer.tokens, "latency_s": answer.latency_s}
                 yield record(index, metric, value, outcome=outcome, judge=judged, **more)
@@ -254,15 +278,8 @@ def _with_examples(turns: list[dict[str, Any]], examples: list[dict[str, Any]]) 
     return [*system, *examples, *turns[len(system) :]]
 
 
-def _cached(folder: Path, key: list[Any], make: Callable[[], list[Score]]) -> list[Score]:
-    """`make()`, kept in `folder` until the scores are whole, so that an interrupted evaluation loses one part at most."""
-    file = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.jsonl"
-    if file.exists():
-        return scores.read(file)
-    records = make()
-    folder.mkdir(exist_ok=True)
-    artifact.write_atomically(file, scores.dump(records))
-    return records
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _cost(records: list[Score]) -> dict[str, float | None]:
@@ -280,7 +297,9 @@ def _assert_effect(records: list[Score]) -> None:
     for record in records:
         both.setdefault((record.suite, record.metric, record.item_id), {})[record.arm] = (record.value, record.response)
     if all(arms.get("base") == arms.get("tuned") for arms in both.values()):
-        raise LlmtuneError(f"base and tuned agree on all {len(both)} measurements to the last digit: the adapter had no effect")
+        raise LlmtuneError(
+            f"base and tuned agree on all {len(both)} measurements to the last digit: the adapter had no effect"
+        )
 
 
 def _item(suite: Suite, chat: Chat) -> dict[str, Any]:

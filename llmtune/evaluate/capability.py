@@ -36,7 +36,7 @@ def load_tasks(names: list[str], place: Path) -> dict[str, Any]:
         for file in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
             try:
                 task = load_yaml(file)
-            except Exception as error:  # noqa: BLE001 - whatever a task's YAML or its !function raises is the user's to see
+            except Exception as error:
                 raise ConfigError(file, f"is no task lm-eval can read: {error}") from None
             found.setdefault(task.get("task", file.stem), _with_absolute_files(task, file))
     theirs = [name for name in names if name not in found]
@@ -47,7 +47,9 @@ def load_tasks(names: list[str], place: Path) -> dict[str, Any]:
     return {**ours, **(manager.load(theirs)["tasks"] if theirs else {})}
 
 
-def run(model: Any, tokenizer: Any, tasks: dict[str, Any], batch_size: int, limit: int | None) -> Iterator[dict[str, Any]]:
+def run(
+    model: Any, tokenizer: Any, tasks: dict[str, Any], batch_size: int, limit: int | None
+) -> Iterator[dict[str, Any]]:
     """One dict an item and task: {"task", "doc_id", "doc", "prompt", "response", "metrics": {name: value}, "higher": {...}}."""
     with _plain(model, tokenizer):
         lm = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)

@@ -22,10 +22,10 @@ SENTENCE = re.compile(r"""[A-Z`'"*(][^\n]*[.!?]['"`*)]?""")
 INNER_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)[.!?]\s+[A-Z]")
 
 
-def measure(metric: str, prompt: str, answer: Answer, reference: str | None) -> tuple[float | None, str | None]:
+def measure(metric: str, answer: Answer, reference: str | None) -> tuple[float | None, str | None]:
     """(value, outcome) of a metric of the model's own answer; None where it could not be scored."""
     if metric in {"complied", "refused"}:
-        outcome = judge(prompt, answer.text)
+        outcome = judge(answer.text)
         return (float(outcome == metric) if outcome in {"complied", "refused"} else None), outcome
     if metric == "answer_tokens":
         return float(answer.tokens), None

@@ -42,6 +42,7 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     say("  proof: the live adapter")
     prompts = [encode_prompt(tokenizer, chat.prompt) for chat in chats[:TEXTS]]
     live_model = adapters.attach(load.load_model(base, dtype), base, adapter)
+    _assert_mergeable(live_model, adapter)
     live = readings(live_model)
     said = infer.generate(live_model, tokenizer, prompts, TEXT_TOKENS, TEXTS)
     del live_model
@@ -86,13 +87,20 @@ def _probe_chats(adapter: Artifact) -> list[Chat]:
     return list(load_chats(str(items), columns=ColumnMap(user=["prompt"], assistant="answer"), training=False))
 
 
+def _assert_mergeable(model: Any, adapter: Artifact) -> None:
+    """Methods that put tokens before the text have no weights to merge, and some others have no merge in PEFT."""
+    if infer.has_virtual_tokens(model) or not hasattr(model.base_model, "merge_and_unload"):
+        method = adapter.manifest["config"]["adapter"]["method"]
+        raise ConfigError(
+            adapter.path, f"a {method} adapter cannot be merged: it adds to the input, not to the weights; serve it as an adapter"
+        )
+
+
 def _merge(model: Any, adapter: Artifact) -> Any:
-    method = str(adapter.manifest["config"]["adapter"]["method"])
-    if not hasattr(model.base_model, "merge_and_unload"):
-        raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: it adds to the input, not to the weights; serve it as an adapter")
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
+        method = adapter.manifest["config"]["adapter"]["method"]
         raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {error}") from None
 
 

@@ -76,7 +76,7 @@ def storage(reference: Readings, live: Readings, stored: Readings) -> Storage:
     """What lies on disk against the float32 adapter, measured by how far the live adapter in that dtype is from it."""
     kl, floor = _kl(reference, stored), _kl(reference, live)
     worse = np.array(stored.losses) - np.array(reference.losses)
-    _, bound = stats.cluster_bootstrap_interval(worse, np.arange(len(worse)), confidence=0.90)
+    _, bound = stats.cluster_bootstrap_interval(worse, [str(n) for n in range(len(worse))], confidence=0.90)
     limit = NOISE_RATIO * max(floor, MAX_KL)
     return Storage(
         kl=kl,

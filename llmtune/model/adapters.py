@@ -20,7 +20,9 @@ BF16_LEARNING_RATE = 1e-4
 """Below this, an update is often smaller than bfloat16's step (2^-8 of the weight) and is rounded away."""
 
 
-def build_adapter(model: PreTrainedModel, adapter: AdapterConfig, dtype: str, learning_rate: float, seed: int) -> PeftModel:
+def build_adapter(
+    model: PreTrainedModel, adapter: AdapterConfig, dtype: str, learning_rate: float, seed: int
+) -> PeftModel:
     """`model` with a new adapter, its weights drawn from `seed`.
 
     dtype: "auto" keeps the base's dtype, except float32 for learning rates below BF16_LEARNING_RATE. PEFT's own default,
@@ -39,7 +41,9 @@ def build_adapter(model: PreTrainedModel, adapter: AdapterConfig, dtype: str, le
     except (TypeError, ValueError) as error:
         reason = str(error)
         if "arget modules" in reason:
-            leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+            leaves = {
+                name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+            }
             reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
         raise ConfigError("adapter", reason) from None
 

@@ -9,6 +9,7 @@ import struct
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from llmtune.artifact import out_of_space_explained, sha256_file
 from llmtune.errors import ArtifactError, ConfigError
@@ -25,7 +26,9 @@ def packaged_file(name: str) -> Path:
     package, _, file = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("model", f"the Python package '{package}' is not installed; 'make models' installs those of the quickstart")
+        raise ConfigError(
+            "model", f"the Python package '{package}' is not installed; 'make models' installs those of the quickstart"
+        )
     found = Path(spec.submodule_search_locations[0]) / file
     if not found.is_file():
         raise ConfigError("model", f"the package '{package}' has no file '{file}'")
@@ -87,7 +90,7 @@ def _licence(file: Path) -> str | None:
     return str(field.contents()) if field else None
 
 
-def _reader(file: Path):  # type: ignore[no-untyped-def]  # gguf has no types, and importing it is slow
+def _reader(file: Path) -> Any:
     from gguf import GGUFReader
 
     try:

@@ -27,7 +27,9 @@ class Answer:
     latency_s: float
 
 
-def supervised_logits(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def supervised_logits(
+    model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of shape (n, vocabulary) at the positions whose next token is supervised, and those tokens, shape (n,).
 
     The language-model head runs only on positions that some row of the batch supervises: with a vocabulary of 49,152 and a
@@ -81,16 +83,23 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     batch_size: int,
+    *,
+    seed: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers to token-id prompts, order as given.
+    """Answers to token-id prompts, order as given: greedy, or with a `seed` drawn from the model's own distribution.
 
     The model's own generation config takes no part (a repetition penalty in it would make two arms incomparable); only its
     stop tokens are kept.
     """
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if has_virtual_tokens(model):
+        batch_size = 1  # PEFT ignores position ids there, so a padded row would be answered as another prompt
     settings = greedy_settings(model, tokenizer, max_new_tokens)
+    if seed is not None:
+        torch.manual_seed(seed)
+        settings.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     prefix = _Prefix(model, prompts, min(map(len, prompts), default=0) - 1)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -120,13 +129,14 @@ class _Prefix:
     SHORTEST = 16
 
     def __init__(self, model: Any, rows: list[list[int]], limit: int) -> None:
-        virtual = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
-        shared = 0 if virtual or len(rows) < 2 else _common(rows, limit)
+        shared = 0 if has_virtual_tokens(model) or len(rows) < 2 else _common(rows, limit)
         self.length = shared if shared >= self.SHORTEST else 0
         if self.length:
             self.ids = torch.tensor([rows[0][: self.length]], device=model.device)
             with torch.inference_mode():
-                self.cache = model(input_ids=self.ids, use_cache=True, **({"logits_to_keep": 1} if _can_keep(model) else {}))
+                self.cache = model(
+                    input_ids=self.ids, use_cache=True, **({"logits_to_keep": 1} if _can_keep(model) else {})
+                )
             self.cache = self.cache.past_key_values
 
     def before(self, inputs: dict[str, torch.Tensor], *, whole: bool = False) -> dict[str, Any]:
@@ -139,9 +149,23 @@ class _Prefix:
         ahead = self.ids.expand(rows, -1)
         mask = torch.cat([torch.ones_like(ahead), inputs["attention_mask"]], dim=1)
         if whole:
-            return {"input_ids": torch.cat([ahead, inputs["input_ids"]], 1), "attention_mask": mask, "past_key_values": cache}
+            return {
+                "input_ids": torch.cat([ahead, inputs["input_ids"]], 1),
+                "attention_mask": mask,
+                "past_key_values": cache,
+            }
         positions = torch.arange(self.length, self.length + width, device=ahead.device).expand(rows, -1)
-        return {"input_ids": inputs["input_ids"], "attention_mask": mask, "past_key_values": cache, "position_ids": positions}
+        return {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "position_ids": positions,
+        }
+
+
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether an adapter puts tokens of its own before the text, as prompt tuning does."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def _common(rows: list[list[int]], limit: int) -> int:

@@ -40,7 +40,9 @@ class Source:
     def licence_warning(self) -> str | None:
         """A sentence when the licence forbids commercial use or is unknown."""
         if self.licence is None:
-            return f"{self.name} states no licence: find out whether you may use it before you ship anything made from it"
+            return (
+                f"{self.name} states no licence: find out whether you may use it before you ship anything made from it"
+            )
         if NON_COMMERCIAL.search(self.licence):
             return f"{self.name} is under {self.licence}, which FORBIDS COMMERCIAL USE; so is what you make from it"
         return None
@@ -63,7 +65,9 @@ def find(name: str) -> Source:
     elif match := HUB_ID.match(name):
         folder, revision = _download(match["id"], match["revision"])
     else:
-        raise ConfigError("model", f"{name} is no folder, no .gguf file, no package:PKG/file.gguf and no hub id like org/name")
+        raise ConfigError(
+            "model", f"{name} is no folder, no .gguf file, no package:PKG/file.gguf and no hub id like org/name"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
@@ -79,24 +83,29 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
 
     tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
-        raise ConfigError("model", f"{source.name} has no chat template; use its instruct version, or add a chat_template.jinja to its folder")
+        raise ConfigError(
+            "model",
+            f"{source.name} has no chat template; use its instruct version, or add a chat_template.jinja to its folder",
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(source: Source, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    source: Source, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The weights, on the device, in eval mode."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype=getattr(torch, choose_dtype(dtype, device)),
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )
-    return model.to(choose_device(device)).eval()  # type: ignore[no-any-return]
+    return model.to(choose_device(device)).eval()
 
 
 def choose_device(device: str) -> str:
@@ -126,7 +135,12 @@ def choose_dtype(dtype: str, device: str) -> str:
 
 def _download(name: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
@@ -143,7 +157,9 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
 def _licence(folder: Path) -> str | None:
     """The licence a model card states in its front matter."""
     card = folder / "README.md"
-    if card.is_file() and (match := re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)):
+    if card.is_file() and (
+        match := re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    ):
         try:
             facts = yaml.safe_load(match[1])
         except yaml.YAMLError:

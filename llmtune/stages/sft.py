@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
 import signal
@@ -49,9 +50,13 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
     target = output / ("adapter" if view.adapter is not None else "model")
     if target.exists():
         artifact.read(target)  # names what is wrong with it, if anything
-        raise ConfigError(place, f"output_dir: {target} is finished already; choose another output_dir, or move it away")
-    processes = arguments.world_size()
-    arguments.check_batch(view, processes, place)
+        raise ConfigError(
+            place, f"output_dir: {target} is finished already; choose another output_dir, or move it away"
+        )
+    arguments.check_batch(view, arguments.world_size(), place)
+    for tracker in view.tracking:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
     device = load.choose_device(view.model.device)
     with out_of_space_explained(output):
         base = load.find(view.model.name)
@@ -70,7 +75,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
             "base": {**base.facts(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
-            "data": _data_facts(view, prints, {"train": train_counts, "validation": valid_counts}),
+            "data": _data_facts(prints, {"train": train_counts, "validation": valid_counts}),
             "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
             "seeds": {"seed": view.train.seed},
             "metrics": metrics,
@@ -106,7 +111,9 @@ def _tokenise(
     rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts)
     dataset = write_dataset(rows, folder / f"{split}.arrow")
     lost = "".join(f", {number} {what}" for what in ("dropped", "truncated") if (number := getattr(counts, what)))
-    say(f"  {split}: {counts.rows} rows, {counts.tokens:,} tokens, {counts.supervised_tokens:,} of them supervised{lost}")
+    say(
+        f"  {split}: {counts.rows} rows, {counts.tokens:,} tokens, {counts.supervised_tokens:,} of them supervised{lost}"
+    )
     return dataset, counts
 
 
@@ -129,11 +136,18 @@ def _build_trainer(
     model: Any = load.load_model(base, weights, device, trust_remote_code=view.model.trust_remote_code)
     if adapted:
         train = view.train
-        model = adapters.build_adapter(model, view.adapter.whole(), train.adapter_dtype, train.learning_rate, train.seed)
+        model = adapters.build_adapter(
+            model, view.adapter.whole(), train.adapter_dtype, train.learning_rate, train.seed
+        )
     trainable = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     mixed = compute == "bfloat16" and "torch.float32" in map(str, trainable)
     words = arguments.to_trl(
-        view, rows=len(train_rows), checkpoints=folder, device=device, mixed_bf16=mixed, processes=arguments.world_size()
+        view,
+        rows=len(train_rows),
+        checkpoints=folder,
+        device=device,
+        mixed_bf16=mixed,
+        processes=arguments.world_size(),
     )
     stopping = words.pop("early_stopping")
     try:
@@ -141,7 +155,9 @@ def _build_trainer(
     except (ValueError, ImportError) as error:
         raise ConfigError(place, f"train: {error}") from None
     if args.world_size != arguments.world_size():
-        raise LlmtuneError(f"the launcher started {arguments.world_size()} processes and torch joined {args.world_size}")
+        raise LlmtuneError(
+            f"the launcher started {arguments.world_size()} processes and torch joined {args.world_size}"
+        )
     trainer = SupervisedTrainer(
         model=model, args=args, train_dataset=train_rows, eval_dataset=valid_rows, processing_class=tokenizer
     )
@@ -199,10 +215,12 @@ def _train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
     }
 
 
-def _data_facts(view: Recorded, prints: dict[str, str], counts: dict[str, Counts]) -> dict[str, Any]:
+def _data_facts(prints: dict[str, str], counts: dict[str, Counts]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for split, count in counts.items():
-        sources = [{"path": key.partition(" ")[2], "sha256": sha} for key, sha in prints.items() if key.startswith(split)]
+        sources = [
+            {"path": key.partition(" ")[2], "sha256": sha} for key, sha in prints.items() if key.startswith(split)
+        ]
         facts[split] = {"sources": sources, **dataclasses.asdict(count), **count.facts()} if sources else None
         if facts[split]:
             del facts[split]["lengths"]

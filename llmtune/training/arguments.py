@@ -33,10 +33,13 @@ def total_steps(config: Recorded, rows: int) -> int:
     """Optimizer steps of the run."""
     if config.train.max_steps is not None:
         return int(config.train.max_steps)
-    return math.ceil(math.ceil(rows / config.train.batch_size) * config.train.epochs)
+    batches: int = math.ceil(rows / config.train.batch_size)
+    return math.ceil(batches * float(config.train.epochs))
 
 
-def to_trl(config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed_bf16: bool, processes: int) -> dict[str, Any]:
+def to_trl(
+    config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed_bf16: bool, processes: int
+) -> dict[str, Any]:
     """Keyword arguments of trl.SFTConfig. Pure: it looks at nothing but its arguments.
 
     mixed_bf16: trainable weights are float32 and the arithmetic bfloat16 (autocast); off when weights are bfloat16 already.

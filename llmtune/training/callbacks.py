@@ -116,7 +116,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 def peak_memory_gb() -> float:
     """Peak of this process so far: on the GPU where one is used, else resident memory."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return float(torch.cuda.max_memory_allocated()) / 2**30
     import resource
     import sys
 

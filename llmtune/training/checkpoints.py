@@ -16,7 +16,9 @@ SEAL = "llmtune-checkpoint.json"
 
 def seal(checkpoint: Path) -> None:
     """Write the hash of every file of a finished checkpoint into it, last."""
-    files = {file.name: sha256_file(file) for file in sorted(checkpoint.iterdir()) if file.is_file() and file.name != SEAL}
+    files = {
+        file.name: sha256_file(file) for file in sorted(checkpoint.iterdir()) if file.is_file() and file.name != SEAL
+    }
     write_atomically(checkpoint / SEAL, json.dumps(files, indent=1))
 
 
@@ -42,7 +44,9 @@ def claim(folder: Path, identity: dict[str, Any], place: object) -> None:
         changed = _differences(before, identity)
         if changed:
             fix = f"undo that, choose another output_dir, or remove {folder} to start anew"
-            raise ConfigError(place, f"an interrupted run lies in {folder}, and since then {'; '.join(changed)}. To go on, {fix}")
+            raise ConfigError(
+                place, f"an interrupted run lies in {folder}, and since then {'; '.join(changed)}. To go on, {fix}"
+            )
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

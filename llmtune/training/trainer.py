@@ -1,23 +1,27 @@
-"""TRL's SFTTrainer with three corrections, each for a measured reason."""
+"""TRL's SFTTrainer with four corrections, each for a measured reason."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from llmtune.errors import LlmtuneError
 from llmtune.model.infer import supervised_logits
 
 
-class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
+class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     """Takes the loss on supervised positions only, and restores adapters in the dtype they were saved in.
 
     Without Triton (any CPU) TRL 1.16 runs the language-model head on every position; here it runs where a label stands. On a
     GPU TRL's fused kernel does that already and is used. And `PeftModel.load_adapter`, by which transformers resumes and takes
-    the best checkpoint back, turns bfloat16 adapters into float32 ones: another trajectory, another speed. TRL's telemetry is off.
+    the best checkpoint back, turns bfloat16 adapters into float32 ones: another trajectory, another speed. transformers' own grouping by length runs an epoch of less than fifty batches from the
+    longest rows to the shortest and draws from the global generator, so that a run resumed inside an epoch sees other batches;
+    see LengthBuckets. TRL's telemetry is off.
     """
 
     seen_tokens = 0
@@ -30,7 +34,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         if self.model.training:
             self.seen_tokens += int(inputs["attention_mask"].sum())
         if self.accelerator.device.type == "cuda":
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[no-any-return]
+            fused: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return fused
         labels = inputs["labels"]
         logits, targets = supervised_logits(model, {k: v for k, v in inputs.items() if k != "labels"}, labels)
         total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -38,6 +43,13 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is of every rank, and DDP averages
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthBuckets(rows["length"][:], batch, self.args.data_seed)
 
     def _send_telemetry(self) -> None:
         """No run of ours reports anything to anyone."""
@@ -49,6 +61,35 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     def _load_best_model(self) -> None:
         if not _restore_adapter(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
+
+
+class LengthBuckets(Sampler[int]):
+    """Batches of rows of like length, in random order, drawn anew each epoch from `seed` and the epoch alone."""
+
+    MEGABATCH = 50
+    """Batches that are sorted together: enough for little padding, few enough for varied batches."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        whole = len(order) - len(order) % self.batch_size  # what is left over stays last, or it would shift the others
+        batches = []
+        for start in range(0, whole, self.MEGABATCH * self.batch_size):
+            part = order[start : min(start + self.MEGABATCH * self.batch_size, whole)]
+            part.sort(key=lambda row: self.lengths[row])
+            batches += [part[n : n + self.batch_size] for n in range(0, len(part), self.batch_size)]
+        for n in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[n]
+        yield from order[whole:]
 
 
 def _restore_adapter(model: Any, checkpoint: Path) -> bool:

@@ -1,0 +1,219 @@
+"""Every claim that matters as one case: a command, its figure, its target, holds or not. `make acceptance [SHORT=1]`.
+
+The last table is written to docs/acceptance.md by the long form. Exit code 1 when a case does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("LLMTUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    claim: str
+    figure: str
+    target: str
+    holds: bool | None  # None: could not be run here
+
+
+Case = Callable[[bool, Path], Iterator[Outcome]]
+
+
+def help_is_quick(short: bool, folder: Path) -> Iterator[Outcome]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(5):
+        subprocess.run([sys.executable, "-m", "llmtune", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 5
+    yield Outcome("`llmtune --help` is quick to start", f"{seconds:.2f} CPU s", "< 0.3", seconds < 0.3)
+
+
+def a_gate_rarely_errs(short: bool, folder: Path) -> Iterator[Outcome]:
+    """The worst case of the research grid that a small suite meets: harm equal to the margin."""
+    from llmtune import stats
+
+    rng, trials = np.random.default_rng(0), 2_000 if short else 20_000
+    worst = 0.0
+    for n, margin, noise in ((60, 0.10, 0.06), (100, 0.05, 0.05), (200, 0.05, 0.10), (450, 0.05, 0.20)):
+        passes = 0
+        for _ in range(trials):
+            draw = rng.random(n)
+            worse = int((draw < noise / 2 + margin).sum())
+            better = int(((draw >= noise / 2 + margin) & (draw < noise + margin)).sum())
+            passes += stats.tango_interval(worse, better, n, 0.90)[1] < margin
+        worst = max(worst, passes / trials)
+    yield Outcome(
+        "a gate passes a harm equal to its margin rarely (Tango bound, nominal 5 %)",
+        f"{worst:.3f}",
+        "<= 0.065",
+        worst <= 0.065,
+    )
+
+
+def the_judge_agrees_with_people(short: bool, folder: Path) -> Iterator[Outcome]:
+    from llmtune.evaluate.judge import judge
+
+    claim = (
+        "the refusal pattern agrees with XSTest's human labels (2,250 answers; two of its clauses were written on them)"
+    )
+    files = sorted((DATA / "xstest").glob("completions_*.csv"))
+    if not files:
+        yield Outcome(claim, "data absent", "accuracy >= 0.90", None)
+        return
+    right = total = 0
+    for file in files:
+        for row in csv.DictReader(file.open(encoding="utf-8", newline="")):
+            right += (judge(row["completion"].strip()) == "refused") == ("refusal" in row["final_label"])
+            total += 1
+    yield Outcome(claim, f"{right / total:.3f} of {total:,}", "accuracy >= 0.90", right / total >= 0.90)
+    agree = items = 0
+    for file in sorted((DATA / "jbb_artifacts").glob("*.json")):
+        for entry in json.loads(file.read_text(encoding="utf-8"))["jailbreaks"]:
+            if entry.get("response"):
+                agree += (judge(entry["response"]) != "refused") == bool(entry["jailbroken"])
+                items += 1
+    if items:
+        yield Outcome(
+            "... and with JailbreakBench's labels, on which it was not looked at",
+            f"{agree / items:.3f} of {items:,}",
+            ">= 0.85",
+            agree / items >= 0.85,
+        )
+
+
+def the_quickstart_holds(short: bool, folder: Path) -> Iterator[Outcome]:
+    from llmtune import artifact, gate
+
+    run = folder / "quickstart"
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    import time
+
+    began = time.monotonic()
+    words = [sys.executable, "-m", "llmtune", "quickstart", "--output", str(run), *(["--smoke"] if short else [])]
+    subprocess.run(words, check=True)
+    seconds = time.monotonic() - began
+    proof = artifact.read(run / "merged").manifest["proof"]
+    algebra, storage = proof["algebra"], proof["storage"]
+    figure = f"logits {algebra['max_logit_difference']:.1e}, stored {storage['ratio']:.2f} x noise"
+    yield Outcome(
+        "the merge of a real model is proven from disk",
+        figure,
+        "<= 5e-4, <= 1.5 x",
+        algebra["holds"] and storage["holds"],
+    )
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    yield Outcome(
+        "one self-contained report", f"{len(page) / 1e6:.2f} MB", "no address is fetched", 'src="http' not in page
+    )
+    if short:
+        return
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
+    yield Outcome(
+        "the quickstart ends in minutes (two cores)",
+        f"{seconds:.0f} s, {cpu:.0f} CPU s",
+        "about 360 s; not gated",
+        True,
+    )
+    verdict = gate.read(artifact.read(run / "verdict"))
+    yield Outcome("its gate does not FAIL", verdict.verdict, "PASS or INCONCLUSIVE", verdict.verdict != "FAIL")
+    rows = {(row.name, row.versus): row for row in verdict.rows}
+    loss = rows["docstrings.loss", "base"]
+    yield Outcome(
+        "the tune lowers held-out loss",
+        f"{loss.delta:+.3f} [{loss.low:+.3f}, {loss.high:+.3f}]",
+        "upper bound < -0.5",
+        loss.high < -0.5,
+    )
+    examples = rows["docstrings.loss", verdict.arms["few_shot"]]
+    yield Outcome(
+        "... also against three examples in the prompt",
+        f"{examples.delta:+.3f} [{examples.low:+.3f}, {examples.high:+.3f}]",
+        "upper bound < 0",
+        examples.high < 0,
+    )
+    general = rows["general.loss", "base"]
+    yield Outcome(
+        "... and costs little elsewhere",
+        f"{general.delta:+.3f} [{general.low:+.3f}, {general.high:+.3f}]",
+        "upper bound < 0.10",
+        general.high < 0.10,
+    )
+
+
+def it_is_no_slower_than_a_plain_loop(short: bool, folder: Path) -> Iterator[Outcome]:
+    if short:
+        return
+    file = folder / "speed.json"
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "sft_speed.py"), "--repeats", "3", "--json", str(file)], check=True
+    )
+    table = json.loads(file.read_text())
+    speed = {
+        name: float(np.median([row["tokens_per_s_train"] for row in table if row["what"] == name]))
+        for name in ("llmtune", "trl", "plain")
+    }
+    for other in ("plain", "trl"):
+        ratio = speed["llmtune"] / speed[other]
+        yield Outcome(
+            f"`llmtune sft` against {other}: useful tokens per second of training",
+            f"{ratio:.2f} x",
+            ">= 0.95",
+            ratio >= 0.95,
+        )
+
+
+CASES: list[Case] = [
+    help_is_quick,
+    a_gate_rarely_errs,
+    the_judge_agrees_with_people,
+    the_quickstart_holds,
+    it_is_no_slower_than_a_plain_loop,
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true")
+    short = parser.parse_args().short
+    lines = ["| claim | figure | target | holds |", "|---|---|---|---|"]
+    passed = failed = skipped = 0
+    with tempfile.TemporaryDirectory() as name:
+        for case in CASES:
+            for outcome in case(short, Path(name)):
+                word = {True: "yes", False: "NO", None: "not run"}[outcome.holds]
+                passed, failed, skipped = (
+                    passed + (outcome.holds is True),
+                    failed + (outcome.holds is False),
+                    skipped + (outcome.holds is None),
+                )
+                lines.append(f"| {outcome.claim} | {outcome.figure} | {outcome.target} | {word} |")
+                print(lines[-1], flush=True)
+    print(f"\nacceptance: {passed} hold, {failed} do not, {skipped} could not be run")
+    if not short:
+        text = (
+            "# Acceptance\n\nThe last run of `make acceptance` (`SHORT=1` for the form CI runs).\n\n"
+            + "\n".join(lines)
+            + "\n"
+        )
+        (ROOT / "docs" / "acceptance.md").write_text(text, encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

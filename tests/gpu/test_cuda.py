@@ -1,0 +1,47 @@
+"""On a GPU: the stage runs, its curve is the CPU's, and a merge is proven. Random weights, no exact version of torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtune import artifact, config
+from llmtune.export import merge
+from llmtune.stages import sft
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def losses(folder: Path, tiny: Path, device: str, dtype: str) -> list[float]:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} plus {i}?"}, {"role": "assistant", "content": f"{2 * i}"}]}
+        for i in range(16)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = {
+        "stage": "sft",
+        "model": {"name": str(tiny), "dtype": dtype, "device": device},
+        "data": {"train": "./train.jsonl", "validation": "./train.jsonl"},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "train": {"max_steps": 6, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 5e-3},
+        "output_dir": f"./{device}-{dtype}",
+    }
+    made = sft.run(config.build(raw, folder / "sft.yaml"))
+    lines = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_one_trajectory_on_both_devices(tmp_path: Path, tiny_folder: Path) -> None:
+    """TRL's fused kernel on the GPU and our head on supervised positions on the CPU: the same loss."""
+    cpu, gpu = losses(tmp_path, tiny_folder, "cpu", "float32"), losses(tmp_path, tiny_folder, "cuda", "float32")
+    assert gpu == pytest.approx(cpu, abs=1e-3)
+
+
+def test_bfloat16_trains_and_its_merge_is_proven(tmp_path: Path, tiny_folder: Path) -> None:
+    curve = losses(tmp_path, tiny_folder, "cuda", "bfloat16")
+    assert curve[-1] < curve[0]
+    made = merge.run(tmp_path / "cuda-bfloat16")
+    assert artifact.read(made.path).manifest["proof"]["storage"]["holds"]

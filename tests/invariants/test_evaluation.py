@@ -1,0 +1,195 @@
+"""What is compared is what it says: the base arm is the base, the merged model is its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmtune import artifact, config, gate, scores
+from llmtune.data.chats import load_chats
+from llmtune.data.tokens import TokenRow, encode_chat, encode_prompt
+from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, ProofError
+from llmtune.evaluate import arms
+from llmtune.export import merge
+from llmtune.model import infer, load
+from llmtune.stages import sft
+
+SUITE = """
+suite: sums
+description: sums
+licence: own
+items: ./items.jsonl
+metrics: [loss, rouge_l, answer_tokens]
+max_new_tokens: 6
+few_shot: true
+gate:
+  loss: {improves_by: 0.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tiny_folder: Path) -> Path:
+    """A finished run on the tiny model, with a suite beside it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} plus {i}?"},
+                {"role": "assistant", "content": f"It is {2 * i}."},
+            ]
+        }
+        for i in range(24)
+    ]
+    for name, part in (("train", rows[:12]), ("validation", rows[12:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    items = [{"id": f"i{i}", "prompt": f"{i} plus one?", "answer": f"It is {i + 1}."} for i in range(30)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "sums.yaml").write_text(SUITE)
+    raw = {
+        "stage": "sft",
+        "model": {"name": str(tiny_folder), "dtype": "float32"},
+        "data": {"train": "./train.jsonl", "validation": "./validation.jsonl"},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "train": {"max_steps": 30, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 2e-2},
+        "output_dir": "./run",
+    }
+    sft.run(config.build(raw, folder / "sft.yaml"))
+    return folder
+
+
+def evaluate(folder: Path, **changes: object) -> artifact.Artifact:
+    raw = {"stage": "eval", "run": "./run", "suites": ["./sums.yaml"], "dtype": "float32", "batch_size": 7, **changes}
+    return arms.run(config.build(raw, folder / "eval.yaml"), folder / "eval.yaml")
+
+
+def test_the_base_arm_is_the_base_freshly_loaded(tuned: Path, tiny_folder: Path) -> None:
+    made = evaluate(tuned, few_shot={"examples": "./train.jsonl", "k": 2})
+    records = scores.read(made.path / scores.FILE)
+    source = load.find(str(tiny_folder))
+    tokenizer, model = load.load_tokenizer(source), load.load_model(source, "float32")
+    for index, chat in enumerate(load_chats(str(tuned / "items.jsonl"), columns=arms.ITEM_COLUMNS, training=False)):
+        row, prompt = encode_chat(tokenizer, chat.turns), encode_prompt(tokenizer, chat.prompt)
+        expected = infer.token_losses(model, [TokenRow(row.input_ids, row.labels)], tokenizer.pad_token_id)[0]
+        said = infer.generate(model, tokenizer, [prompt], 6, 1)[0].text
+        mine = {record.metric: record for record in records if record.arm == "base" and record.item_id == f"i{index}"}
+        assert mine["loss"].value == pytest.approx(expected, abs=1e-5)
+        assert mine["rouge_l"].response == said
+    arms_seen = {record.arm for record in records}
+    assert arms_seen == {"base", "base + 2 examples", "tuned"}
+    tuned_loss = [record.value for record in records if (record.arm, record.metric) == ("tuned", "loss")]
+    base_loss = [record.value for record in records if (record.arm, record.metric) == ("base", "loss")]
+    assert sum(tuned_loss) < sum(base_loss)
+    verdict = gate.read(gate.run(made.path, tuned / "verdict"))
+    assert verdict.verdict == "PASS"
+    assert verdict.subject["sha256"] == artifact.read(tuned / "run" / "adapter").sha256
+
+
+def test_an_evaluation_goes_on_where_it_was(tuned: Path, monkeypatch) -> None:
+    whole = scores.read(evaluate(tuned).path / scores.FILE)
+    measure, calls = arms._measure, []
+
+    def interrupted(subject, arm, suite, batch):
+        calls.append(arm.name)
+        if arm.tuned and len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(subject, arm, suite, batch)
+
+    monkeypatch.setattr(arms, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tuned)
+    again = scores.read(evaluate(tuned).path / scores.FILE)
+    assert calls == ["base", "tuned", "tuned"]
+    assert [(r.arm, r.metric, r.item_id, r.value) for r in again] == [
+        (r.arm, r.metric, r.item_id, r.value) for r in whole
+    ]
+
+
+def test_an_adapter_without_effect_is_noticed(tuned: Path, tmp_path: Path) -> None:
+    adapter = artifact.read(tuned / "run" / "adapter")
+    with artifact.writing(tmp_path / "run" / "adapter", "adapter") as draft:
+        draft.facts.update(
+            {key: adapter.manifest[key] for key in ("base", "config", "data", "metrics", "template_sha256")}
+        )
+        for file in adapter.path.iterdir():
+            if file.name not in {"llmtune.json", "adapter_model.safetensors"}:
+                (draft.path / file.name).write_bytes(file.read_bytes())
+        zero = {
+            k: v * 0 if "lora_B" in k else v for k, v in load_file(adapter.path / "adapter_model.safetensors").items()
+        }
+        save_file(zero, draft.path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmtuneError, match="the adapter had no effect"):
+        evaluate(tuned, run=str(tmp_path / "run"))
+
+
+def test_an_adapter_for_another_base_is_refused(tuned: Path, tiny_folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(load, "find", lambda name, find=load.find: _another(find(name)))
+    with pytest.raises(ArtifactError, match="was trained on"):
+        evaluate(tuned)
+
+
+def _another(source: load.Source) -> load.Source:
+    return load.Source(source.name, source.folder, source.revision, "0" * 64, source.licence)
+
+
+def test_a_merge_is_proven_from_disk(tuned: Path) -> None:
+    made = merge.run(tuned / "run")
+    proof = made.manifest["proof"]
+    assert proof["algebra"]["holds"] and proof["storage"]["holds"]
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"} <= {
+        f.name for f in made.path.iterdir()
+    }
+    stored = load.load_model(load.find(str(made.path)), "float32")
+    rows = [[1, 2, 3, 4, 5]]
+    from llmtune.model import adapters
+
+    base = load.find(made.manifest["base"]["id"])
+    live = adapters.attach(load.load_model(base, "float32"), base, artifact.read(tuned / "run" / "adapter"))
+    with torch.inference_mode():
+        difference = (
+            (stored(input_ids=torch.tensor(rows)).logits - live(input_ids=torch.tensor(rows)).logits).abs().max()
+        )
+    assert difference < 5e-4
+    with pytest.raises(ArtifactError, match="finished already"):
+        merge.run(tuned / "run")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [("algebra", "algebra: logits differ"), ("stored", "tensors: model.layers.0")]
+)
+def test_a_merge_that_differs_is_not_written(
+    tuned: Path, tmp_path: Path, monkeypatch, spoil: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "adapter").symlink_to(tuned / "run" / "adapter")
+    whole = merge._merge if spoil == "algebra" else merge._shared_once
+
+    def spoiled(model, *rest):
+        made = whole(model, *rest)
+        tensors = dict(made.named_parameters()) if spoil == "algebra" else made
+        with torch.no_grad():
+            tensors["model.layers.0.self_attn.q_proj.weight"] += 0.05
+        return made
+
+    monkeypatch.setattr(merge, whole.__name__, spoiled)
+    with pytest.raises(ProofError, match=message):
+        merge.run(run)
+    assert [path.name for path in run.iterdir()] == ["adapter"]
+
+
+def test_what_cannot_be_merged_says_why(tuned: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    raw = {
+        "stage": "sft",
+        "model": {"name": str(tiny_folder), "dtype": "float32"},
+        "data": {"train": str(tuned / "train.jsonl")},
+        "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 4},
+        "train": {"max_steps": 2, "learning_rate": 1e-2},
+        "output_dir": "./prompt",
+    }
+    sft.run(config.build(raw, tmp_path / "sft.yaml"))
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        merge.run(tmp_path / "prompt")

@@ -1,0 +1,74 @@
+"""A model small enough for a unit test, made here and never fetched: a random 2-layer Llama and a byte-level tokenizer.
+
+One token a byte, so a test can write down the tokens it expects by hand. As in SmolLM2, pad is eos is end-of-turn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+START, END = "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """256 byte tokens and the two marks of a turn."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=END, pad_token=END)
+    made.chat_template = chat_template
+    return made
+
+
+def model(seed: int = 0) -> LlamaForCausalLM:
+    """Two layers, hidden 64, embeddings tied as in SmolLM2; float32, in eval mode, the same for the same seed."""
+    vocabulary = tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.1,  # wide enough that greedy answers do not hang on the last digit
+        tie_word_embeddings=True,
+        bos_token_id=vocabulary.bos_token_id,
+        eos_token_id=vocabulary.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def save(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    licence: str | None = "apache-2.0",
+    chat_template: str | None = CHATML,
+) -> Path:
+    """`folder` as a plain transformers folder: safetensors, tokenizer, chat template, generation config, model card."""
+    words, weights = tokenizer(chat_template), model(seed).to(dtype)
+    weights.generation_config = GenerationConfig(
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
+    )
+    weights.save_pretrained(folder)
+    words.save_pretrained(folder)
+    front = f"license: {licence}\n" if licence else ""
+    (folder / "README.md").write_text(
+        f"---\n{front}library_name: transformers\n---\nRandom weights, for tests.\n", encoding="utf-8"
+    )
+    return folder
