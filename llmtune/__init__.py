@@ -2,10 +2,11 @@
 
     import llmtune
     config = llmtune.load_config("sft.yaml", ["train.seed=1"])
-    adapter = llmtune.sft(config)                       # runs/<name>/adapter
-    scores = llmtune.evaluate(llmtune.load_config("eval.yaml"))
-    verdict = llmtune.gate(scores.path)                 # PASS, FAIL or INCONCLUSIVE, with intervals
-    merged = llmtune.merge(adapter.path.parent)         # proven equal to its adapter, or not written
+    adapter = llmtune.sft(config)                             # <output_dir>/adapter
+    scores = llmtune.evaluate(llmtune.load_config("eval.yaml"), "eval.yaml")
+    verdict = llmtune.gate(scores.path)                       # its manifest says PASS, FAIL or INCONCLUSIVE
+    merged = llmtune.merge(adapter.path.parent)               # proven equal to its adapter, or not written
+    page = llmtune.report(adapter.path.parent)
 
 Importing this module imports nothing else; each name is loaded on first use.
 """

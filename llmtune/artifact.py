@@ -131,6 +131,14 @@ def read(folder: Path, *kinds: Kind) -> Artifact:
     return Artifact(folder, manifest, hashlib.sha256(raw).hexdigest())
 
 
+def finished_run(run: Path) -> Artifact:
+    """The trained artifact of a run folder: its adapter, else its whole model."""
+    for kind in ("adapter", "model"):
+        if (run / kind).is_dir():
+            return read(run / kind, "adapter", "model")
+    raise ArtifactError(f"{run}: holds no finished run (neither adapter/ nor model/); 'llmtune sft' makes one")
+
+
 def complete(folder: Path) -> bool:
     """Whether a finished artifact lies at `folder` (cheap: hashes are checked by `read`)."""
     return (folder / MANIFEST).is_file()

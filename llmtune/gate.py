@@ -91,14 +91,15 @@ class Verdict:
     overrides: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def run(scores_dir: Path, output_dir: Path, margins: dict[str, float] | None = None) -> artifact.Artifact:
+def run(scores_dir: Path, output_dir: Path | None = None, margins: dict[str, float] | None = None) -> artifact.Artifact:
     """Judge the scores in `scores_dir` and write a verdict artifact, replacing a former verdict at `output_dir`.
 
     margins: "suite.metric" -> number to use in the suite's own rule for that metric; the verdict records it.
-    Raises ConfigError for an unknown key or a bad number, ArtifactError when the scores do not pair, are not of the
+    output_dir: `verdict` beside the scores unless given. Raises ConfigError for an unknown key or a bad number, ArtifactError when the scores do not pair, are not of the
     suites and the subject their manifest names, or when something else lies at `output_dir`.
     """
     source = artifact.read(scores_dir, "scores")
+    output_dir = output_dir or scores_dir.resolve().parent / "verdict"
     try:
         suites, arms, subject = (source.manifest[key] for key in ("suites", "arms", "subject"))
         hashes = {name: facts["sha256"] for name, facts in suites.items()}

@@ -30,7 +30,7 @@ INSTRUCTION = "Write a one-line docstring for this Python function."
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 SEALED_MODULES, MOST_SEALED_PER_MODULE = 27, 5
 VALIDATION_ROWS, TRAIN_ROWS, MOST_TRAINED_PER_MODULE = 40, 300, 60
-REPLAY_ROWS, REPLAY_TOKENS = 84, 64
+REPLAY_ROWS, REPLAY_TOKENS = 88, 64
 SMOKE = {"train": 24, "validation": 8, "replay": 6}
 
 
@@ -82,11 +82,9 @@ def run(folder: Path, *, smoke: bool = False, replay: bool = True) -> Artifact:
         adapter,
         lambda: arms.run(config.load(run_files["eval"]), run_files["eval"]),
     )
-    verdict = step(
-        "verdict", "is it better, and is nothing worse?", scores, lambda: gate.run(scores.path, folder / "verdict")
-    )
+    verdict = step("verdict", "is it better, and is nothing worse?", scores, lambda: gate.run(scores.path))
     merged = step("merged", "adapter into base, and the proof", adapter, lambda: merge.run(folder))
-    report.build(folder, folder / "report")
+    report.build(folder)
     _tell(folder, verdict, merged)
     return verdict
 
@@ -217,14 +215,15 @@ def _at_most(limit: int, functions: list[Function]) -> list[Function]:
 
 
 def _replay(rows: int) -> list[dict[str, Any]]:
-    """The base's own answers to general instructions, and to requests it should decline. One cut off is not taught to end there.
+    """The base's own answers to general instructions, and its own refusals. One cut off is not taught to end there.
 
     General answers are drawn at temperature 1: then the loss on them is, on average, the divergence from the base. Greedy ones
-    taught a sharper model than the base is, at 0.14 nats of general loss. Whether a request is declined shows in the greedy
-    answer, so those stay greedy.
+    teach a sharper model than the base is (+0.15 nats of general loss, measured). A request to decline is answered greedily,
+    and kept only where the base declines: no model is trained here to comply with one.
     """
     from llmtune.data.rows import read_rows
     from llmtune.data.tokens import encode_prompt
+    from llmtune.evaluate.judge import judge
     from llmtune.model import infer, load
 
     base = load.find(base_model())
@@ -238,7 +237,7 @@ def _replay(rows: int) -> list[dict[str, Any]]:
             answers = infer.generate(model, tokenizer, prompts, REPLAY_TOKENS, 32, seed=seed, on_batch=bar.advance)
             for turn, answer in zip(turns, answers, strict=True):
                 said = {"role": "assistant", "content": answer.text, **({} if answer.ended else {"cut_off": True})}
-                if answer.text:
+                if answer.text and not (sensitive and judge(answer.text) != "refused"):
                     replayed.append({"replay": True, "messages": [*turn, said]})
     return replayed
 

@@ -25,12 +25,13 @@ PLAIN = (1, 3, "", "")  # factor, digits, unit of a value, unit of a difference
 Rows = list[dict[str, Any]]
 
 
-def build(run: Path, output: Path) -> artifact.Artifact:
-    """Write `report.html` on whatever is finished in `run` as a report artifact at `output`, replacing a former report.
+def build(run: Path, output: Path | None = None) -> artifact.Artifact:
+    """Write `report.html` on whatever is finished in `run` as a report artifact at `output` (`run/report`), replacing a former one.
 
     The page names the steps that are missing. Raises ArtifactError when nothing is finished, when a file was changed
     since it was written, or when something else lies at `output`.
     """
+    output = output or run / "report"
     steps = {name: artifact.read(run / name) for name in STEPS if artifact.complete(run / name)}
     if not steps:
         raise ArtifactError(f"{run}: nothing to report on; none of {', '.join(STEPS)} is finished in it")

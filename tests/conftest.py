@@ -1,7 +1,9 @@
 """What every test may lean on: no network, a cache of its own, the tiny model on disk, and rows to train on."""
 
+import contextlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,21 @@ def chat_rows():
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def small_disk():
+    """`with small_disk(folder, kilobytes):` mounts a disk of that size at `folder`; skips where this user may not."""
+
+    @contextlib.contextmanager
+    def mounted(folder: Path, kilobytes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small disk needs root")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+    return mounted

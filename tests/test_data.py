@@ -63,12 +63,13 @@ def problems(source, **more) -> list[str]:
 # ---- formats and files
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
-@pytest.mark.parametrize("format", FORMATS)
+KINDS = [(kind, format) for kind in ("json", "jsonl", "parquet") for format in FORMATS]
+KINDS += [("csv", format) for format in ("alpaca", "prompt_completion", "own columns")]  # a cell holds no list of turns
+
+
+@pytest.mark.parametrize(("kind", "format"), KINDS)
 def test_every_format_from_every_kind_of_file(tmp_path, kind, format):
     row, turns = FORMATS[format]
-    if kind == "csv" and any(isinstance(value, list) for value in row.values()):
-        pytest.skip("a CSV cell holds no list of turns")
     columns = OWN if format == "own columns" else None
     found = chats(write(tmp_path, kind, [row, row]), columns)
     assert [chat.turns for chat in found] == [turns, turns]
@@ -165,15 +166,16 @@ def test_a_bad_row_of_columns_is_named(tmp_path, row, problem):
 
 @pytest.mark.xfail(reason="BUG: TypeError: unhashable type where a column map has roles")
 def test_a_speaker_that_is_no_word(tmp_path):
-    row = {"conversations": [{"from": ["human"], "value": "2 and 2?"}, {"from": "gpt", "value": "4"}]}
-    assert problems(write(tmp_path, "json", [row])) == ["rows.json row 1: turn 1: unknown role ['human']"]
+    row = {"conversations": [{"from": "human", "value": "2 and 2?"}, {"from": ["gpt"], "value": "4"}]}
+    assert problems(write(tmp_path, "json", [row])) == ["rows.json row 1: turn 2: unknown role ['gpt']"]
 
 
-def test_every_bad_row_is_named_and_the_good_ones_before_them_were_seen(tmp_path):
+def test_every_bad_row_is_named_and_nothing_is_yielded_after_the_first(tmp_path):
     source = write(tmp_path, "jsonl", [turns(*PAIR), turns(QUESTION), turns(*PAIR), turns(ANSWER)])
-    seen = []
+    found = load_chats(source, training=True)
+    assert next(found).row.place == "rows.jsonl:1"
     with pytest.raises(DataError) as caught:
-        seen += [chat.row.place for chat in load_chats(source, training=True)]
+        next(found)
     assert str(caught.value).splitlines() == [
         f"{source}: 2 problems",
         "  rows.jsonl:2: has no answer",
@@ -187,7 +189,7 @@ def test_columns_that_no_format_has(tmp_path):
     assert "data.columns, such as {user: [question], assistant: reply}" in found
     (found,) = problems(write(tmp_path, "csv", [{"question": "q", "reply": "a"}]), format="alpaca")
     assert "not those of alpaca;" in found
-    with pytest.raises(ConfigError, match="unknown format 'alpacca'; did you mean 'alpaca'?"):
+    with pytest.raises(ConfigError, match="unknown format 'alpacca'; did you mean 'alpaca'"):
         chats(write(tmp_path, "csv", [{"question": "q", "reply": "a"}]), format="alpacca")
 
 
@@ -199,10 +201,7 @@ def test_a_prompt_without_an_answer_is_enough_where_none_is_asked_for(tmp_path):
 
 def test_a_sealed_row_is_for_evaluation_only(tmp_path):
     source = write(tmp_path, "jsonl", [turns(*PAIR), {**turns(*PAIR), "sealed": True}])
-    with pytest.raises(
-        DataError, match="rows.jsonl:2: is sealed: it belongs to a test split, which training must not see"
-    ):
-        chats(source)
+    assert problems(source) == ["is sealed: it belongs to a test split, which training must not see"]
     assert len(chats(source, training=False)) == 2
 
 
@@ -240,17 +239,13 @@ def test_a_bad_file_is_named(tmp_path, name, content, problem):
     assert problem in str(caught.value)
 
 
-def test_a_parquet_file_cut_short_and_one_that_was_damaged(tmp_path):
-    import random
-
-    numbers = random.Random(0)
-    whole = Path(
-        write(tmp_path, "parquet", [{"prompt": str(numbers.random()), "completion": "a"} for _ in range(3000)])
-    ).read_bytes()
+def test_a_parquet_file_cut_short(tmp_path):
+    source = Path(write(tmp_path, "parquet", [{"prompt": str(i), "completion": "a"} for i in range(3000)]))
+    whole = source.read_bytes()
     for length in (len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut.parquet").write_bytes(whole[:length])
+        source.write_bytes(whole[:length])
         with pytest.raises(DataError, match="is not a whole Parquet file"):
-            list(read_rows(str(tmp_path / "cut.parquet")))
+            list(read_rows(str(source)))
 
 
 @pytest.mark.xfail(reason="BUG: a damaged page is an OSError in pyarrow, not an ArrowInvalid, and ends in a traceback")

@@ -30,8 +30,11 @@ def tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return made
 
 
-def model(seed: int = 0) -> LlamaForCausalLM:
-    """Two layers, hidden 64, embeddings tied as in SmolLM2; float32, in eval mode, the same for the same seed."""
+def model(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:
+    """Two layers, hidden 64, float32, in eval mode, the same for the same seed.
+
+    Embeddings are tied as in SmolLM2; untrained, such a model answers with its last token over and over, an untied one does not.
+    """
     vocabulary = tokenizer()
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -42,7 +45,7 @@ def model(seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=2048,
         initializer_range=0.1,  # wide enough that greedy answers do not hang on the last digit
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=vocabulary.bos_token_id,
         eos_token_id=vocabulary.eos_token_id,
         pad_token_id=vocabulary.pad_token_id,

@@ -60,6 +60,9 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # torch's threads spin while they wait; on a machine that others keep busy that costs a factor of five (docs/log.md)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 4:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # TRL 1.16 still reads names that transformers 5.23 deprecates; bitsandbytes tells of an optional package at import
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     for talkative in ("bitsandbytes", "lm_eval", "accelerate"):
@@ -89,13 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="llmtune",
         description="Tune a language model and prove that the result is better before anyone ships it.",
         epilog=EPILOG,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llmtune {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def verb(name: str, run: str, text: str, parent: object = verbs) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text)  # type: ignore[attr-defined]
+        made: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, allow_abbrev=False)  # type: ignore[attr-defined]
         made.set_defaults(run=run)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return made
@@ -149,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="of the stored weights; auto: the base's",
+        help="of the stored weights; auto: what the base ran in when it was tuned",
     )
 
     chat = verb("chat", "llmtune.cli.deploy:chat", "talk to the tuned model, side by side with its base")
@@ -161,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         help="who answers; default: base and tuned",
     )
     chat.add_argument(
-        "--instruction", metavar="TEXT", help="put before every message; default: the one of the run's training rows"
+        "--instruction", metavar="TEXT", help="put before every message, as in the rows the run was trained on"
     )
     chat.add_argument("--file", type=Path, metavar="FILE", help="ask about this file's text once, and end")
     chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")

@@ -14,7 +14,7 @@ from llmtune.progress import say
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    artifact.read(arguments.run_folder / "adapter", "adapter")
+    artifact.finished_run(arguments.run_folder)
     from llmtune.export import merge as merging
 
     made = merging.run(arguments.run_folder, arguments.dtype)
@@ -75,11 +75,8 @@ class _Speakers:
 
 
 def _speakers(run: Path, arm: str) -> _Speakers:
-    if arm == "merged" or not (run / "adapter").is_dir():
-        folder = run / "merged" if (run / "merged").is_dir() else run / "model"
-        made = artifact.read(folder, "model")
-    else:
-        made = artifact.read(run / "adapter", "adapter")
+    merged = arm == "merged" or (not (run / "adapter").is_dir() and (run / "merged").is_dir())
+    made = artifact.read(run / "merged", "model") if merged else artifact.finished_run(run)
     from llmtune.model import adapters, load
 
     base = load.find(made.manifest["base"]["id"])
@@ -110,11 +107,15 @@ def _messages(arguments: argparse.Namespace) -> Iterator[str]:
         yield text
     else:
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.key_binding import KeyBindings
+
+        keys = KeyBindings()
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
 
         say(
             "A pasted text is one message; Esc then Enter starts a new line. /new forgets the conversation, Ctrl-D ends it."
         )
-        session: Any = PromptSession()
+        session: Any = PromptSession(key_bindings=keys)
         while True:
             try:
                 text = session.prompt("you    > ").strip()

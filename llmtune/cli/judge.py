@@ -25,7 +25,7 @@ def gate(arguments: argparse.Namespace) -> int:
     from llmtune import gate as gates
 
     folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
-    made = gates.run(folder, folder.resolve().parent / "verdict", _margins(arguments.margin))
+    made = gates.run(folder, margins=_margins(arguments.margin))
     verdict = gates.read(made)
     sys.stdout.write(
         (made.path / "verdict.json").read_text(encoding="utf-8") + "\n"
@@ -38,7 +38,7 @@ def gate(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from llmtune import report as reports
 
-    made = reports.build(arguments.run_folder, arguments.run_folder / "report")
+    made = reports.build(arguments.run_folder)
     print(made.path / "report.html")
     return 0
 

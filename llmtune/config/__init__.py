@@ -19,6 +19,8 @@ from llmtune.errors import ConfigError, did_you_mean
 
 STAGES = {"sft": "llmtune.config.sft:SftConfig", "eval": "llmtune.config.eval:EvalConfig"}
 SHIPPED = ("configs", "data_templates", "evals")
+SHORT = ("model",)
+"""Sections that may be written as their name alone: `model: NAME` is `model: {name: NAME}`."""
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -167,14 +169,25 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError("command line", f"{override!r} is not an override; write key.sub=value")
-    value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError("command line", f"{override!r}: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")
     target = raw
     for parent in parents:
+        if isinstance(target.get(parent), str) and parent in SHORT:
+            target[parent] = {"name": target[parent]}
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ConfigError("command line", f"{key}: '{parent}' is a value, not a section")
-    target[last] = _FromShell(value) if isinstance(value, str) else value
+    target[last] = _from_shell(value)
+
+
+def _from_shell(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_shell(entry) for entry in value]
+    return _FromShell(value) if isinstance(value, str) else value
 
 
 def _explain(problem: Any, section: type[Section]) -> str:

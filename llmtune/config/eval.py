@@ -50,6 +50,10 @@ class SuiteConfig(Section):
     def _rules(self) -> SuiteConfig:
         if bool(self.lm_eval) == (self.items is not None):
             raise ValueError("a suite has either 'items' with 'metrics', or 'lm_eval' tasks")
+        ours = {"metrics", "columns", "max_new_tokens", "generate_items", "few_shot", "hidden"}
+        without = (ours if self.lm_eval else {"limit"}) & self.model_fields_set
+        if without:
+            raise ValueError(f"{min(without)}: has no effect {'with lm_eval tasks' if self.lm_eval else 'with items'}")
         if self.items is not None:
             if not self.metrics:
                 raise ValueError("metrics: required with 'items'")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtune.config import LocalPath, PathOrHub, Section
 from llmtune.config import peft_methods as peft
@@ -116,24 +116,21 @@ class AdapterConfig(Section):
         return dict(self.model_extra or {})
 
 
+def _short(value: Any) -> Any:
+    """`model: NAME` is short for `model: {name: NAME}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class SftConfig(Section):
     """One supervised fine-tuning run. With `adapter` its result is an adapter, without it a whole model."""
 
     stage: Literal["sft"]
     output_dir: LocalPath = Field(description="the run's folder")
-    model: ModelConfig
+    model: Annotated[ModelConfig, BeforeValidator(_short, json_schema_input_type=ModelConfig | str)]
     data: DataConfig
     train: TrainConfig
     adapter: AdapterConfig | None = None
     tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_model(cls, raw: Any) -> Any:
-        """`model: NAME` is short for `model: {name: NAME}`."""
-        if isinstance(raw, dict) and isinstance(raw.get("model"), str):
-            raw = {**raw, "model": {"name": raw["model"]}}
-        return raw
 
     @model_validator(mode="after")
     def _rules(self) -> SftConfig:
@@ -143,6 +140,8 @@ class SftConfig(Section):
                     raise ValueError(f"train.{key}: needs data.validation, which is not set")
         if self.adapter is None and "adapter_dtype" in self.train.model_fields_set:
             raise ValueError("train.adapter_dtype: has no effect without an adapter; remove it")
+        if self.train.adapter_dtype == "bfloat16" and self.model.dtype == "float32":
+            raise ValueError("train.adapter_dtype: bfloat16 has no effect on a float32 base; remove it")
         if self.data.columns is not None and "format" in self.data.model_fields_set:
             raise ValueError("data: set either 'format' or 'columns'")
         return self

@@ -91,8 +91,9 @@ def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, A
         missing = [name for name in (columns.user[0], columns.assistant) if name not in fields]
         if columns.assistant in missing and len(missing) == 1:
             missing = []  # a prompt without an answer: whether that is allowed is for the caller
-        asked = [str(fields[name]) for name in columns.user if fields.get(name)]
-        turns.append({"role": "user", "content": "\n\n".join(asked)})
+        asked = [fields[name] for name in columns.user if fields.get(name)]
+        wrong = [part for part in asked if not isinstance(part, str)]
+        turns.append({"role": "user", "content": wrong[0] if wrong else "\n\n".join(asked)})
         if fields.get(str(columns.assistant)) is not None:
             turns.append({"role": "assistant", "content": fields[str(columns.assistant)]})
         return turns, [f"has no '{name}'" for name in missing]
@@ -106,7 +107,7 @@ def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, A
             continue
         if unread := {key for key, value in turn.items() if value} - {columns.role, columns.content, "cut_off"}:
             problems.append(f"turn {number}: '{min(unread)}' is not supported, and would be lost")
-        role = columns.roles.get(turn[columns.role], turn[columns.role]) if columns.roles else turn[columns.role]
+        role = columns.roles.get(str(turn[columns.role]), str(turn[columns.role]))
         turns.append(
             {"role": role, "content": turn[columns.content], **({"cut_off": True} if turn.get("cut_off") else {})}
         )

@@ -59,9 +59,13 @@ def fingerprint(source: str) -> str:
     if path.is_file():
         return sha256_file(path)
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     match = HUB_ID.match(source)
-    info = HfApi().dataset_info(match["id"], revision=match["revision"]) if match else None
+    try:
+        info = HfApi().dataset_info(match["id"], revision=match["revision"]) if match else None
+    except (HfHubHTTPError, OSError) as error:
+        raise LlmtuneError(f"{source}: the hub cannot be reached ({error}); is this machine offline?") from None
     return hashlib.sha256(f"{source}@{info.sha if info else None}".encode()).hexdigest()
 
 

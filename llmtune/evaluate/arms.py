@@ -1,6 +1,6 @@
 """Base, base with examples, tuned: the same items, one process, one model in memory -> the score records.
 
-What is evaluated is what ships: every record names the sha256 of the artifact it judged.
+Every record names the sha256 of the artifact it judged; `llmtune merge` proves that the merged model equals it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import contextlib
 import hashlib
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from llmtune import artifact, config, scores
 from llmtune.artifact import Artifact
@@ -21,7 +24,7 @@ from llmtune.config import Recorded
 from llmtune.config.eval import GENERATED, EvalConfig, SuiteConfig
 from llmtune.config.sft import ColumnMap
 from llmtune.data.chats import Chat, load_chats
-from llmtune.data.tokens import encode_chat, encode_prompt
+from llmtune.data.tokens import TokenRow, encode_chat, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError
 from llmtune.evaluate import judge
 from llmtune.evaluate.metrics import HIGHER_IS_BETTER, measure
@@ -84,11 +87,11 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     view = Recorded(settings)
     assert view.stage == "eval"
     folder = Path(view.run)
-    kind = "adapter" if artifact.complete(folder / "adapter") else "model"
-    tuned = artifact.read(folder / kind, "adapter", "model")
+    tuned = artifact.finished_run(folder)
     suites = [load_suite(name, Path(place)) for name in view.suites]
     arms = [Arm("base", tuned=False), *_few_shot(view, suites, place), Arm("tuned", tuned=True)]
     base = load.find(tuned.manifest["base"]["id"])
+    adapters.require_base(tuned, base)
     view_of_machine = view.dtype, view.device, view.batch_size
     view.require_all_read(place)
     subject = _load(base, tuned, view.dtype, view.device)
@@ -126,9 +129,7 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
             },
             cost=cost,
         )
-    for file in parts.glob("*.jsonl"):
-        file.unlink()
-    parts.rmdir()
+    shutil.rmtree(parts)
     return artifact.read(folder / "scores")
 
 
@@ -217,7 +218,7 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
         )
 
     if "loss" in wanted:
-        rows = [encode_chat(tokenizer, turn) for turn in turns]
+        rows = _encode(tokenizer, suite.chats, turns)
         rows = [
             type(row)(row.input_ids, [-100] * len(prompt) + row.labels[len(prompt) :])
             for row, prompt in zip(rows, prompts, strict=True)
@@ -249,6 +250,18 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
                 judged = {"id": judge.ID, "version": judge.VERSION} if outcome else None
                 more = {"response": answer.text, "tokens": answer.tokens, "latency_s": answer.latency_s}
                 yield record(index, metric, value, outcome=outcome, judge=judged, **more)
+
+
+def _encode(tokenizer: Any, chats: list[Chat], turns: list[list[dict[str, Any]]]) -> list[TokenRow]:
+    rows, problems = [], []
+    for chat, turn in zip(chats, turns, strict=True):
+        try:
+            rows.append(encode_chat(tokenizer, turn))
+        except (ValueError, TemplateError) as error:
+            problems.append(f"{chat.row.place}: {error}")
+    if problems:
+        raise DataError("items", problems)
+    return rows
 
 
 def _lm_eval(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) -> Iterator[Score]:

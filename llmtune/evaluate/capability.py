@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from llmtune import config
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model.infer import greedy_settings
 
 SEED = 0
@@ -36,15 +36,21 @@ def load_tasks(names: list[str], place: Path) -> dict[str, Any]:
         for file in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
             try:
                 task = load_yaml(file)
-            except Exception as error:
+            except Exception as error:  # whatever a task's YAML or its !function raises is the user's to see
                 raise ConfigError(file, f"is no task lm-eval can read: {error}") from None
             found.setdefault(task.get("task", file.stem), _with_absolute_files(task, file))
     theirs = [name for name in names if name not in found]
     manager = TaskManager(include_defaults=bool(theirs))
     if missing := [name for name in theirs if name not in manager.all_tasks]:
         raise ConfigError(place, f"lm_eval: there is no task '{missing[0]}' in evals/tasks nor in lm-eval")
+    try:
+        hub = manager.load(theirs)["tasks"] if theirs else {}
+    except OSError as error:
+        raise LlmtuneError(
+            f"{place}: the data of {theirs[0]} cannot be read ({error}); is this machine offline?"
+        ) from None
     ours = {name: ConfigurableTask(config=found[name]) for name in names if name in found}
-    return {**ours, **(manager.load(theirs)["tasks"] if theirs else {})}
+    return {**ours, **hub}
 
 
 def run(

@@ -26,7 +26,9 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     dtype: of the stored weights; "auto" is the base's own. Raises ProofError, and writes nothing, when the result does not
     equal the adapter within the tolerances of `proof`, naming the tensors that differ.
     """
-    adapter = artifact.read(folder / "adapter", "adapter")
+    adapter = artifact.finished_run(folder)
+    if adapter.kind != "adapter":
+        raise ArtifactError(f"{adapter.path}: is a whole model already; there is nothing to merge")
     if artifact.complete(folder / "merged"):
         raise ArtifactError(f"{folder / 'merged'}: is finished already; move it away to merge again")
     base = load.find(adapter.manifest["base"]["id"])
@@ -92,7 +94,8 @@ def _assert_mergeable(model: Any, adapter: Artifact) -> None:
     if infer.has_virtual_tokens(model) or not hasattr(model.base_model, "merge_and_unload"):
         method = adapter.manifest["config"]["adapter"]["method"]
         raise ConfigError(
-            adapter.path, f"a {method} adapter cannot be merged: it adds to the input, not to the weights; serve it as an adapter"
+            adapter.path,
+            f"a {method} adapter cannot be merged: it adds to the input, not to the weights; serve it as an adapter",
         )
 
 

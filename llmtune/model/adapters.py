@@ -52,15 +52,20 @@ def attach(model: PreTrainedModel, base: Source, adapter: Artifact) -> PeftModel
     """`model` with the finished adapter on it. Raises ArtifactError when the adapter was trained on another base."""
     from peft import PeftModel
 
-    trained_on = adapter.manifest["base"]
-    if trained_on["sha256"] != base.sha256:
-        raise ArtifactError(
-            f"{adapter.path}: was trained on {trained_on['id']} (weights {trained_on['sha256'][:12]}), "
-            f"and this base is {base.name} (weights {base.sha256[:12]}); use the base it was trained on"
-        )
+    require_base(adapter, base)
     refuse_pickles(adapter.path)
     # bfloat16 adapters stay bfloat16: what is evaluated and merged is what was trained
     return PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=False).eval()
+
+
+def require_base(tuned: Artifact, base: Source) -> None:
+    """Raises ArtifactError when `tuned` was trained on other weights than `base` has."""
+    trained_on = tuned.manifest["base"]
+    if trained_on["sha256"] != base.sha256:
+        raise ArtifactError(
+            f"{tuned.path}: was trained on {trained_on['id']} (weights {trained_on['sha256'][:12]}), "
+            f"and this base is {base.name} (weights {base.sha256[:12]}); use the base it was trained on"
+        )
 
 
 def refuse_pickles(folder: Path) -> None:

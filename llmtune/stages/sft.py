@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: `llmtune sft CONFIG`, or `accelerate launch -m llmtune sft CONFIG`.
+"""Supervised fine-tuning: `llmtune sft CONFIG`, or `accelerate launch -m llmtune sft CONFIG`, in one process.
 
 One run, top to bottom: data, base model, adapter, trainer, train, artifact.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import time
@@ -42,7 +43,8 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
     """Fine-tune `config.model` on `config.data` and write the result to `config.output_dir`.
 
     Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, `output_dir/model`.
-    An interrupted run goes on from its last whole checkpoint. Raises ConfigError or DataError before any weight is loaded.
+    An interrupted run goes on from its last whole checkpoint. Raises ConfigError or DataError before any weight is loaded,
+    where it follows from the run file and the rows; what only PEFT or transformers can tell comes after.
     """
     view = Recorded(config)
     assert view.stage == "sft"
@@ -53,10 +55,13 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         raise ConfigError(
             place, f"output_dir: {target} is finished already; choose another output_dir, or move it away"
         )
-    arguments.check_batch(view, arguments.world_size(), place)
+    arguments.check_processes(view, place)
     for tracker in view.tracking:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
+    os.environ.setdefault(
+        "TENSORBOARD_LOGGING_DIR", str(output / "tensorboard")
+    )  # its default is inside the checkpoints
     device = load.choose_device(view.model.device)
     with out_of_space_explained(output):
         base = load.find(view.model.name)

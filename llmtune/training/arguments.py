@@ -19,14 +19,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_batch(config: Recorded, processes: int, place: object) -> None:
-    """Raise ConfigError unless the global batch is a whole number of micro batches on every process."""
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
-    if batch % (micro * processes):
-        whole = micro * processes
-        fits = ", ".join(str(n) for n in (batch - batch % whole, batch - batch % whole + whole) if n)
-        problem = f"{batch} is not a multiple of micro_batch_size ({micro}) x {processes} process(es); use {fits}"
-        raise ConfigError(place, f"train.batch_size: {problem}")
+def check_processes(config: Recorded, place: object) -> None:
+    """Raise ConfigError for a launch this version cannot train correctly: several processes, or several GPUs in one."""
+    import torch
+
+    if world_size() > 1:
+        raise ConfigError(place, f"{world_size()} processes were launched, and this version trains in one; launch one")
+    if config.model.device != "cpu" and torch.cuda.device_count() > 1:
+        seen = torch.cuda.device_count()
+        raise ConfigError(place, f"torch sees {seen} GPUs, and this version trains on one; set CUDA_VISIBLE_DEVICES=0")
 
 
 def total_steps(config: Recorded, rows: int) -> int:

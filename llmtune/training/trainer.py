@@ -63,7 +63,7 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             super()._load_best_model()
 
 
-class LengthBuckets(Sampler[int]):
+class LengthBuckets(Sampler[int]):  # type: ignore[misc]
     """Batches of rows of like length, in random order, drawn anew each epoch from `seed` and the epoch alone."""
 
     MEGABATCH = 50
