@@ -176,6 +176,7 @@ def measure(what: str, command: list[str], folder: Path, repeat: int, tokens: in
         "TOKENIZERS_PARALLELISM": "false",
     }
     environment |= {"CI": "1"}  # TRL sends its telemetry unless this is set
+    environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # `accelerate launch`, inside `trl sft`, would set it to 1
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     log = folder / f"{what}-{repeat}.log"
     with log.open("w") as out:

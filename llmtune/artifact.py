@@ -64,7 +64,7 @@ def writing(
 
     Raises ArtifactError when `folder` holds an artifact already and `replace` is off, MachineError when the disk is full.
     """
-    if folder.exists() and not replace:
+    if folder.exists() and not (replace and (folder / MANIFEST).is_file()):
         what = "is finished already" if (folder / MANIFEST).exists() else "exists and is not an artifact of ours"
         raise ArtifactError(f"{folder}: {what}; choose another output_dir, or move it away")
     with out_of_space_explained(folder):
@@ -114,6 +114,8 @@ def read(folder: Path, *kinds: Kind) -> Artifact:
     try:
         manifest = json.loads(raw)
         files, kind = manifest["files"], manifest["kind"]
+        if not isinstance(files, dict):
+            raise TypeError("files is not an object")
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / MANIFEST}: not a manifest of llmtune ({error!r})") from None
     if kinds and kind not in kinds:
@@ -166,9 +168,11 @@ def write_atomically(file: Path, text: str) -> None:
 @contextlib.contextmanager
 def out_of_space_explained(folder: Path) -> Iterator[None]:
     """Turn a full disk, also as torch reports it (a RuntimeError that never says so), into one clear MachineError."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         torch_write = "inline_container" in str(error) or "basic_ios::clear" in str(error)
         if full or torch_write or "No space left" in str(error) or "os error 28" in str(error):

@@ -80,9 +80,6 @@ def test_an_adapter_is_float32_where_bfloat16_would_round_its_updates_away(tiny_
     assert {str(weight.dtype) for weight in model.parameters() if weight.requires_grad} == {f"torch.{dtype}"}
 
 
-@pytest.mark.xfail(
-    reason="BUG: an adapter's folder is taken for a base: its own hash, and whatever base it names is trained on"
-)
 def test_the_folder_of_an_adapter_is_no_base(tiny_folder, tmp_path):
     with pytest.raises((ArtifactError, ConfigError), match="adapter"):
         load.find(str(finished_adapter(tiny_folder, tmp_path).path))

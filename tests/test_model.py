@@ -215,7 +215,6 @@ def test_code_that_comes_with_a_model_is_not_run_by_default(with_code, tmp_path)
     assert not (tmp_path / "code_ran").exists()
 
 
-@pytest.mark.xfail(reason="BUG: transformers' ValueError ends in a traceback; it should name model.trust_remote_code")
 def test_code_that_comes_with_a_model_is_refused_in_our_words(with_code):
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code"):
         load.load_model(with_code, "float32", "cpu")
@@ -238,9 +237,6 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-@pytest.mark.xfail(
-    reason="BUG: what a damaged folder raises (SafetensorError, ValueError, OSError) ends in a traceback, exit 1"
-)
 @pytest.mark.parametrize("damage", [cut_weights, no_config, broken_config, no_tokenizer])
 def test_a_damaged_folder_is_named(copy, damage):
     damage(copy)

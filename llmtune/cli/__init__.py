@@ -11,14 +11,22 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from llmtune import __version__
-from llmtune.errors import INTERRUPTED_EXIT, LlmtuneError, UserError
+from llmtune.errors import INTERRUPTED_EXIT, LlmtuneError
 
 EPILOG = """\
 exit codes: 0 done; 1 failed; 2 the config, the data or a path is wrong; 3 gate FAIL; 4 gate INCONCLUSIVE; 75 stopped by
 SIGTERM after a checkpoint; 130 Ctrl-C (the same command goes on from there)
 """
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,6 +95,94 @@ def _leave_exit_note(code: int, message: str) -> None:
             json.dump({"code": code, "message": message, "rank": int(os.environ.get("RANK", "0"))}, stream)
 
 
+def _argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, settings
+
+
+CONFIG = _argument("config", type=Path, metavar="CONFIG", help="a run file (YAML)")
+OVERRIDES = _argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
+JSON = _argument("--json", action="store_true", help="print the result as JSON")
+
+VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
+    "quickstart": (
+        "project:quickstart",
+        "the main job end to end on a small real model, on a laptop CPU",
+        [
+            _argument(
+                "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: runs/quickstart"
+            ),
+            _argument("--smoke", action="store_true", help="a few steps and items, to see that everything works"),
+            _argument("--no-replay", action="store_true", help="leave out the base's own answers, for contrast"),
+        ],
+    ),
+    "init": (
+        "project:init",
+        "write a commented run file to start from",
+        [
+            _argument("stage", metavar="STAGE", help="sft or eval"),
+            _argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here"),
+        ],
+    ),
+    "data check": ("tune:data_check", "read and encode every row, and name the bad ones", [CONFIG, OVERRIDES, JSON]),
+    "sft": ("tune:sft", "fine-tune on chats: LoRA, any other PEFT method, or the whole model", [CONFIG, OVERRIDES]),
+    "eval": ("judge:evaluate", "base and tuned on the same items, in one process", [CONFIG, OVERRIDES]),
+    "gate": (
+        "judge:gate",
+        "PASS, FAIL or INCONCLUSIVE, from scores and margins",
+        [
+            _argument("scores", type=Path, metavar="SCORES", help="the scores folder of a run, or the run"),
+            _argument(
+                "--margin",
+                action="append",
+                default=[],
+                metavar="SUITE.METRIC=X",
+                help="another margin than the suite's",
+            ),
+            JSON,
+        ],
+    ),
+    "merge": (
+        "deploy:merge",
+        "the adapter into its base, with proof that nothing changed",
+        [
+            RUN,
+            _argument(
+                "--dtype",
+                choices=["auto", "bfloat16", "float32"],
+                default="auto",
+                help="of the stored weights; auto: what the base ran in when it was tuned",
+            ),
+        ],
+    ),
+    "chat": (
+        "deploy:chat",
+        "talk to the tuned model, side by side with its base",
+        [
+            RUN,
+            _argument(
+                "--arm",
+                choices=["both", "base", "tuned", "merged"],
+                default="both",
+                help="who answers; default: base and tuned",
+            ),
+            _argument(
+                "--instruction", metavar="TEXT", help="put before every message, as in the rows the run was trained on"
+            ),
+            _argument("--file", type=Path, metavar="FILE", help="ask about this file's text once, and end"),
+            _argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256"),
+        ],
+    ),
+    "report": ("judge:report", "one HTML page of a run: verdict, before and after, curves, costs, provenance", [RUN]),
+    "schema": (
+        "project:schema",
+        "the JSON Schema of a run file, for editors",
+        [_argument("stage", metavar="STAGE", help="sft, eval or suite")],
+    ),
+    "doctor": ("project:doctor", "what this machine can do", [JSON]),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmtune",
@@ -97,90 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llmtune {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def verb(name: str, run: str, text: str, parent: object = verbs) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text, allow_abbrev=False)  # type: ignore[attr-defined]
-        made.set_defaults(run=run)
+    groups: dict[str, Any] = {}
+    for name, (function, text, arguments) in VERBS.items():
+        group, _, leaf = name.rpartition(" ")
+        if group and group not in groups:
+            about = verbs.add_parser(group, help="look at rows before anything is trained", allow_abbrev=False)
+            groups[group] = about.add_subparsers(metavar="COMMAND", required=True)
+        made = groups.get(group, verbs).add_parser(leaf, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=f"llmtune.cli.{function}")
+        for names, settings in arguments:
+            made.add_argument(*names, **settings)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return made
-
-    def run_file(made: argparse.ArgumentParser) -> None:
-        made.add_argument("config", type=Path, metavar="CONFIG", help="a run file (YAML)")
-        made.add_argument(
-            "overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file"
-        )
-
-    quickstart = verb(
-        "quickstart", "llmtune.cli.project:quickstart", "the main job end to end on a small real model, on a laptop CPU"
-    )
-    quickstart.add_argument(
-        "--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: runs/quickstart"
-    )
-    quickstart.add_argument("--smoke", action="store_true", help="a few steps and items, to see that everything works")
-    quickstart.add_argument(
-        "--no-replay", action="store_true", help="leave out the replayed general answers, for contrast"
-    )
-
-    init = verb("init", "llmtune.cli.project:init", "write a commented run file to start from")
-    init.add_argument("stage", metavar="STAGE", help="sft or eval")
-    init.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
-
-    data = verbs.add_parser("data", help="look at rows before anything is trained")
-    check = verb(
-        "check",
-        "llmtune.cli.tune:data_check",
-        "read and encode every row; name every bad one",
-        data.add_subparsers(metavar="COMMAND", required=True),
-    )
-    run_file(check)
-    check.add_argument("--json", action="store_true", help="print the counts as JSON")
-
-    run_file(verb("sft", "llmtune.cli.tune:sft", "fine-tune on chats: LoRA, any other PEFT method, or the whole model"))
-
-    evaluate = verb("eval", "llmtune.cli.judge:evaluate", "base and tuned on the same items, in one process")
-    run_file(evaluate)
-
-    gate = verb("gate", "llmtune.cli.judge:gate", "PASS, FAIL or INCONCLUSIVE, from scores and margins")
-    gate.add_argument("scores", type=Path, metavar="SCORES", help="the scores folder of a run, or the run")
-    gate.add_argument(
-        "--margin", action="append", default=[], metavar="SUITE.METRIC=X", help="another margin than the suite's"
-    )
-    gate.add_argument("--json", action="store_true", help="print the verdict as JSON")
-
-    merge = verb("merge", "llmtune.cli.deploy:merge", "the adapter into its base, with proof that nothing changed")
-    merge.add_argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
-    merge.add_argument(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="of the stored weights; auto: what the base ran in when it was tuned",
-    )
-
-    chat = verb("chat", "llmtune.cli.deploy:chat", "talk to the tuned model, side by side with its base")
-    chat.add_argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/ or merged/")
-    chat.add_argument(
-        "--arm",
-        choices=["both", "base", "tuned", "merged"],
-        default="both",
-        help="who answers; default: base and tuned",
-    )
-    chat.add_argument(
-        "--instruction", metavar="TEXT", help="put before every message, as in the rows the run was trained on"
-    )
-    chat.add_argument("--file", type=Path, metavar="FILE", help="ask about this file's text once, and end")
-    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-
-    report = verb(
-        "report",
-        "llmtune.cli.judge:report",
-        "one HTML page of a run: verdict, before and after, curves, costs, provenance",
-    )
-    report.add_argument("run_folder", type=Path, metavar="RUN")
-
-    schema = verb("schema", "llmtune.cli.project:schema", "the JSON Schema of a run file, for editors")
-    schema.add_argument("stage", metavar="STAGE", help="sft, eval or suite")
-    verb("doctor", "llmtune.cli.project:doctor", "what this machine can do").add_argument("--json", action="store_true")
     return parser
-
-
-__all__ = ["UserError", "main"]

@@ -60,14 +60,17 @@ class _Speakers:
         from transformers import TextStreamer
 
         from llmtune.data.tokens import encode_prompt
-        from llmtune.model.infer import greedy_settings
+        from llmtune.model.infer import greedy_settings, neutral
 
-        model, ids = self._models[name], encode_prompt(self.tokenizer, turns)
+        try:
+            model, ids = self._models[name], encode_prompt(self.tokenizer, turns)
+        except ValueError as error:
+            raise DataError("message", str(error)) from None
         settings = greedy_settings(model, self.tokenizer, max_new_tokens)
         off = model.disable_adapter() if name == "base" and model is self._adapted else contextlib.nullcontext()
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = torch.tensor([ids], device=model.device)
-        with off, torch.inference_mode():
+        with off, torch.inference_mode(), neutral(model, settings):
             out = model.generate(
                 input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, streamer=streamer
             )

@@ -64,6 +64,8 @@ def load(path: Path | str, overrides: list[str] | None = None, stage: str | None
     Raises ConfigError with every problem of the file, each with its key and, where there is one, the nearest known key.
     """
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(path, "no such file; 'llmtune init sft' writes one to start from")
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(path, "a run file is a mapping of keys to values, such as 'stage: sft'")
@@ -95,7 +97,8 @@ def validate(section: type[Config], raw: object, place: Path | str) -> Config:
         return section.model_validate(raw, context={"base": Path(place).resolve().parent})
     except ValidationError as error:
         problems = [_explain(problem, section) for problem in error.errors(include_url=False)]
-        raise ConfigError(place, problems) from None
+        once = {problem.split(": ")[0]: problem for problem in reversed(problems)}  # each branch of a union complains
+        raise ConfigError(place, list(reversed(once.values()))) from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -103,7 +106,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
-        raise ConfigError(path, "no such file; 'llmtune init sft' writes one to start from") from None
+        raise ConfigError(path, "no such file") from None
     except IsADirectoryError:
         raise ConfigError(path, "is a folder, and a YAML file is needed") from None
     except UnicodeDecodeError as error:
@@ -187,19 +190,23 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _from_shell(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_shell(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _from_shell(entry) for key, entry in value.items()}
     return _FromShell(value) if isinstance(value, str) else value
 
 
 def _explain(problem: Any, section: type[Section]) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    # a union adds the names of its branches to the place; they are pydantic's words, not the user's
+    parts = [str(part) for part in problem["loc"] if not re.search(r"[\[(]|^(str|int|float|bool)$", str(part))]
+    place = ".".join(parts)
     if problem["type"] == "extra_forbidden":
-        *parents, last = problem["loc"]
-        return f"{place}: unknown key{did_you_mean(str(last), _fields_at(section, parents))}"
+        *parents, last = parts
+        return f"{place}: unknown key{did_you_mean(last, _fields_at(section, parents))}"
     if problem["type"] == "missing":
         return f"{place}: required, and not set"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in {"value_error", "missing"}:
-        return f"{place}: {message}" if place else message
+    if problem["type"] == "value_error":
+        return message if not place or message.startswith(place) else f"{place}: {message}"
     return f"{place}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
 
 

@@ -76,7 +76,7 @@ def _fields(name: str) -> Iterator[str]:
 
 @functools.cache
 def _classes() -> dict[str, ast.ClassDef]:
-    files = [_peft() / "config.py", *sorted(_peft().glob("tuners/*/config.py"))]
+    files = [_peft() / "config.py", *sorted(_peft().glob("tuners/*.py")), *sorted(_peft().glob("tuners/*/config.py"))]
     trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 

@@ -84,7 +84,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _rules(self) -> TrainConfig:
         if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("train: set exactly one of 'epochs' and 'max_steps'")
+            raise ValueError("train.epochs: set exactly one of 'epochs' and 'max_steps'")
         if self.batch_size % self.micro_batch_size:
             size, micro = self.batch_size, self.micro_batch_size
             below, above = size - size % micro, size + micro - size % micro

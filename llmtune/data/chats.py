@@ -105,7 +105,11 @@ def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, A
         if not isinstance(turn, dict) or columns.role not in turn or columns.content not in turn:
             problems.append(f"turn {number} lacks '{columns.role}' or '{columns.content}'")
             continue
-        if unread := {key for key, value in turn.items() if value} - {columns.role, columns.content, "cut_off"}:
+        if unread := {key for key, value in turn.items() if value not in (None, "", [], {})} - {
+            columns.role,
+            columns.content,
+            "cut_off",
+        }:
             problems.append(f"turn {number}: '{min(unread)}' is not supported, and would be lost")
         role = columns.roles.get(str(turn[columns.role]), str(turn[columns.role]))
         turns.append(

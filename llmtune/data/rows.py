@@ -31,9 +31,7 @@ def read_rows(source: str) -> Iterator[Row]:
     malformed line is named by its number.
     """
     path = Path(source)
-    if path.suffix.lower() in DATA_FILES or path.exists():
-        if not path.is_file():
-            raise DataError(path, "no such file" if not path.exists() else "is a folder, and a file of rows is needed")
+    if _is_local(path):
         readers = dict(zip(DATA_FILES, (_json, _jsonl, _csv, _parquet), strict=True))
         if path.suffix.lower() not in readers:
             raise DataError(path, f"is none of {', '.join(DATA_FILES)}")
@@ -56,7 +54,7 @@ def read_rows(source: str) -> Iterator[Row]:
 def fingerprint(source: str) -> str:
     """sha256 of a file's bytes, or of the hub id with the revision it stands at now."""
     path = Path(source)
-    if path.is_file():
+    if _is_local(path):
         return sha256_file(path)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -69,27 +67,41 @@ def fingerprint(source: str) -> str:
     return hashlib.sha256(f"{source}@{info.sha if info else None}".encode()).hexdigest()
 
 
+def _is_local(path: Path) -> bool:
+    """Whether a source is a file here, rather than a hub id. Raises DataError for a file that is not there."""
+    if path.suffix.lower() not in DATA_FILES and not path.exists():
+        return False
+    if not path.is_file():
+        raise DataError(path, "is a folder, and a file of rows is needed" if path.exists() else "no such file")
+    return True
+
+
 def _json(path: Path) -> Iterator[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}", f"is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError(path, "is not JSON: it is nested too deeply") from None
     if not isinstance(rows, list):
         raise DataError(path, "a .json file of rows is one list of objects; one object a line is .jsonl")
     yield from (Row(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     yield Row(f"{path.name}:{number}", json.loads(line))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}", f"is not JSON: {error.msg}") from None
+                except RecursionError:
+                    raise DataError(f"{path}:{number}", "is not JSON: it is nested too deeply") from None
 
 
 def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a cell of more than 128 KB
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
@@ -115,7 +127,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield Row(f"{path.name} row {number}", row)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(path, f"is not a whole Parquet file: {error}") from None
 
 

@@ -54,48 +54,56 @@ class Counts:
 def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> TokenRow:
     """Token ids of the whole chat, labelled on every assistant turn from its first token to its end-of-turn token.
 
-    Where the chat template has no generation marks, each answer's place is found as what the template adds to the prompt that
-    is sent when the model is served. Raises ValueError with the reason when that place cannot be proven.
+    An answer's place is what the chat template adds to the prompt that is sent when the model is served, and its tokens are
+    those that follow that prompt's. Raises ValueError with the reason when that cannot be proven for this template and row.
     """
-    for turn in turns:
-        if control := next((token for token in tokenizer.all_special_tokens if token in turn["content"]), None):
-            raise ValueError(f"its text holds the control token {control!r}, which the model would obey; remove it")
+    refuse_control_tokens(tokenizer, turns)
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    spans = [_span(tokenizer, turns, index, text) for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, labels = list(encoded["input_ids"]), [IGNORED] * len(encoded["input_ids"])
-    for start, end in spans:
-        inside = [n for n, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > start]
-        if any(encoded["offset_mapping"][n][0] < start or encoded["offset_mapping"][n][1] > end for n in inside):
-            raise ValueError(
-                "its answer begins with characters that merge with the chat template; strip white space from it"
-            )
-        for n in inside:
-            labels[n] = ids[n]
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            end = _end_of_answer(tokenizer, turns, index, text)
+            prompt = encode_prompt(tokenizer, turns[:index])
+            if ids[: len(prompt)] != prompt:
+                raise ValueError(
+                    "its answer begins with characters that merge with the chat template; strip white space from it"
+                )
+            for n in range(len(prompt), len(ids)):
+                if encoded["offset_mapping"][n][0] < end:
+                    labels[n] = ids[n]
     return TokenRow(ids, labels)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> list[int]:
     """Token ids of the prompt exactly as served: the turns and the opening of the assistant's."""
+    refuse_control_tokens(tokenizer, turns)
     text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _span(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], index: int, text: str) -> tuple[int, int]:
-    """Where answer `index` stands in `text`: [start, end) in characters, its end-of-turn token included."""
+def refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> None:
+    """Raise ValueError where a turn's text holds a control token: it would become the token, not its letters."""
+    known = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    for turn in turns:
+        if control := next((token for token in sorted(known) if token in turn["content"]), None):
+            raise ValueError(f"its text holds the control token {control!r}, which the model would obey; remove it")
+
+
+def _end_of_answer(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], index: int, text: str) -> int:
+    """Where answer `index` ends in `text`, in characters, its end-of-turn token included."""
     before = str(tokenizer.apply_chat_template(turns[:index], tokenize=False, add_generation_prompt=True))
     through = str(tokenizer.apply_chat_template(turns[: index + 1], tokenize=False))
     if not (text.startswith(before) and text.startswith(through)):
         raise ValueError(
             "this chat template writes a turn differently once others follow, so its loss mask cannot be proven"
         )
-    said = through[len(before) :].rstrip()
-    stop = str(tokenizer.eos_token)
+    said, stop = through[len(before) :].rstrip(), str(tokenizer.eos_token)
     if not said.endswith(stop) or turns[index]["content"].strip() not in said:
         raise ValueError(
             f"this chat template does not end the assistant's turn with {stop!r}, so the model would not learn to stop"
         )
-    return len(before), len(before) + len(said) - (len(stop) if turns[index].get("cut_off") else 0)
+    return len(before) + len(said) - (len(stop) if turns[index].get("cut_off") else 0)
 
 
 def encode_chats(
@@ -110,7 +118,7 @@ def encode_chats(
     for chat in chats:
         try:
             row = encode_chat(tokenizer, chat.turns)
-        except (ValueError, TemplateError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             problems.append(f"{chat.row.place}: {error}")
             continue
         if len(row.input_ids) > max_length:

@@ -24,7 +24,7 @@ from llmtune.config import Recorded
 from llmtune.config.eval import GENERATED, EvalConfig, SuiteConfig
 from llmtune.config.sft import ColumnMap
 from llmtune.data.chats import Chat, load_chats
-from llmtune.data.tokens import TokenRow, encode_chat, encode_prompt
+from llmtune.data.tokens import encode_chat, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError
 from llmtune.evaluate import judge
 from llmtune.evaluate.metrics import HIGHER_IS_BETTER, measure
@@ -197,8 +197,9 @@ def _measure(subject: Subject, arm: Arm, suite: Suite, batch_size: int) -> list[
 
 def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) -> Iterator[Score]:
     title, tokenizer, wanted = f"{arm.name}: {suite.config.suite}", subject.tokenizer, suite.config.metrics
-    turns = [_with_examples(chat.turns, arm.examples) for chat in suite.chats]
-    prompts = [encode_prompt(tokenizer, _with_examples(chat.prompt, arm.examples)) for chat in suite.chats]
+    prompts = _encode(
+        encode_prompt, tokenizer, suite.chats, [_with_examples(c.prompt, arm.examples) for c in suite.chats]
+    )
 
     def record(index: int, metric: str, value: float | None, **more: Any) -> Score:
         chat = suite.chats[index]
@@ -218,7 +219,9 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
         )
 
     if "loss" in wanted:
-        rows = _encode(tokenizer, suite.chats, turns)
+        rows = _encode(
+            encode_chat, tokenizer, suite.chats, [_with_examples(c.turns, arm.examples) for c in suite.chats]
+        )
         rows = [
             type(row)(row.input_ids, [-100] * len(prompt) + row.labels[len(prompt) :])
             for row, prompt in zip(rows, prompts, strict=True)
@@ -252,16 +255,17 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
                 yield record(index, metric, value, outcome=outcome, judge=judged, **more)
 
 
-def _encode(tokenizer: Any, chats: list[Chat], turns: list[list[dict[str, Any]]]) -> list[TokenRow]:
-    rows, problems = [], []
+def _encode(encode: Any, tokenizer: Any, chats: list[Chat], turns: list[list[dict[str, Any]]]) -> list[Any]:
+    """Every item's turns as tokens. Raises one DataError that names every item that cannot be."""
+    encoded, problems = [], []
     for chat, turn in zip(chats, turns, strict=True):
         try:
-            rows.append(encode_chat(tokenizer, turn))
-        except (ValueError, TemplateError) as error:
+            encoded.append(encode(tokenizer, turn))
+        except (ValueError, TypeError, TemplateError) as error:
             problems.append(f"{chat.row.place}: {error}")
     if problems:
         raise DataError("items", problems)
-    return rows
+    return encoded
 
 
 def _lm_eval(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) -> Iterator[Score]:

@@ -21,7 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from llmtune import config
 from llmtune.errors import ConfigError, LlmtuneError
-from llmtune.model.infer import greedy_settings
+from llmtune.model.infer import greedy_settings, neutral
 
 SEED = 0
 
@@ -91,15 +91,12 @@ def run(
 @contextlib.contextmanager
 def _plain(model: Any, tokenizer: Any) -> Iterator[None]:
     """The model under a neutral generation config, and safe from HFLM's `tie_weights()`, which fails on some adapters."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = inner.generation_config
-    inner.generation_config = greedy_settings(inner, tokenizer, 256)
     model.tie_weights = lambda *_, **__: None
     try:
-        yield
+        with neutral(model, greedy_settings(model, tokenizer, 256)):
+            yield
     finally:
         del model.tie_weights
-        inner.generation_config = kept
 
 
 def _draw(items: int, limit: int) -> list[int]:

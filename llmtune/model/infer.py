@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import time
@@ -61,6 +62,8 @@ def token_losses(
 
     Rows are batched by length, at most `max_tokens` padded tokens a forward pass; what all of them begin with is run once.
     """
+    if not all(row.supervised for row in rows):
+        raise ValueError("a row without a supervised token has no loss")
     losses = [0.0] * len(rows)
     limit = min((row.labels.index(next(label for label in row.labels if label != IGNORED)) for row in rows), default=0)
     prefix = _Prefix(model, [row.input_ids for row in rows], limit - 1)
@@ -109,7 +112,7 @@ def generate(
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in own])
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         began = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), neutral(model, settings):
             out = model.generate(**prefix.before(inputs, whole=True), generation_config=settings)
         out = out[:, prefix.length + width :]
         seconds = time.perf_counter() - began
@@ -121,6 +124,17 @@ def generate(
         if on_batch:
             on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def neutral(model: Any, settings: Any) -> Iterator[None]:
+    """Put the model's own generation config aside: transformers fills from it whatever `settings` leaves open."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, inner.generation_config = inner.generation_config, settings
+    try:
+        yield
+    finally:
+        inner.generation_config = kept
 
 
 class _Prefix:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +70,8 @@ def find(name: str) -> Source:
         raise ConfigError(
             "model", f"{name} is no folder, no .gguf file, no package:PKG/file.gguf and no hub id like org/name"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise ArtifactError(f"{folder}: is an adapter, and a whole model is needed here; merge it into its base first")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
@@ -81,7 +85,8 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     """The tokenizer, with a pad token. Raises ConfigError where there is no chat template: chats cannot be written."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    with _named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise ConfigError(
             "model",
@@ -99,13 +104,31 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=getattr(torch, choose_dtype(dtype, device)),
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-    )
+    with _named(source):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=getattr(torch, choose_dtype(dtype, device)),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
     return model.to(choose_device(device)).eval()
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Say which folder it is that cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            why = "needs Python code that comes with it; read that code, then set model.trust_remote_code to true"
+            raise ConfigError("model", f"{source.name} {why}") from None
+        raise ArtifactError(f"{source.folder}: cannot be read as a model: {reason[:300]}") from None
 
 
 def choose_device(device: str) -> str:

@@ -5,6 +5,7 @@ One run, top to bottom: data, base model, adapter, trainer, train, artifact.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -13,10 +14,12 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
+from filelock import FileLock, Timeout
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from trl import SFTConfig as TrlConfig
 
@@ -27,7 +30,7 @@ from llmtune.config.sft import SftConfig
 from llmtune.data.chats import load_chats
 from llmtune.data.rows import fingerprint
 from llmtune.data.tokens import IGNORED, Counts, encode_chats, write_dataset
-from llmtune.errors import ConfigError, LlmtuneError, Preempted
+from llmtune.errors import ConfigError, LlmtuneError, Preempted, UserError
 from llmtune.model import adapters, load
 from llmtune.progress import say
 from llmtune.training import arguments, checkpoints
@@ -63,19 +66,24 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         "TENSORBOARD_LOGGING_DIR", str(output / "tensorboard")
     )  # its default is inside the checkpoints
     device = load.choose_device(view.model.device)
-    with out_of_space_explained(output):
+    with out_of_space_explained(output), _alone(output, place):
+        prints = {name: fingerprint(source) for name, source in _sources(view)}
         base = load.find(view.model.name)
         if warning := base.licence_warning:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
         folder = output / "checkpoints"
-        prints = {name: fingerprint(source) for name, source in _sources(view)}
         checkpoints.claim(folder, checkpoints.identity(config.model_dump(mode="json"), prints, base.sha256), place)
-        train_rows, train_counts = _tokenise(view, "train", tokenizer, folder)
-        valid_rows, valid_counts = _tokenise(view, "validation", tokenizer, folder)
-        trainer = _build_trainer(view, base, tokenizer, train_rows, valid_rows, folder, device, place)
-        _assert_nothing_lost(trainer.train_dataset, train_counts)
-        view.require_all_read(place)
+        try:
+            train_rows, train_counts = _tokenise(view, "train", tokenizer, folder)
+            valid_rows, valid_counts = _tokenise(view, "validation", tokenizer, folder)
+            trainer = _build_trainer(view, base, tokenizer, train_rows, valid_rows, folder, device, place)
+            _assert_nothing_lost(trainer.train_dataset, train_counts)
+            view.require_all_read(place)
+        except UserError:
+            if not checkpoints.last_complete(folder):
+                shutil.rmtree(folder)  # nothing to go on from
+            raise
         metrics = _train(trainer, folder)
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
@@ -96,6 +104,28 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             (draft.path / "curves.svg").write_text(svg, encoding="utf-8")
     shutil.rmtree(folder)
     return artifact.read(target)
+
+
+@contextlib.contextmanager
+def _alone(output: Path, place: object) -> Iterator[None]:
+    """Hold the run's folder: a second run in it at the same time is refused."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(place, f"output_dir: {output} is a file, and a folder is needed")
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".llmtune.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            place, f"output_dir: another run is writing into {output}; wait for it, or choose another"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (output / ".llmtune.lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            output.rmdir()  # when nothing came of it
 
 
 def _sources(view: Recorded) -> list[tuple[str, str]]:

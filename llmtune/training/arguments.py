@@ -10,8 +10,8 @@ from typing import Any
 from llmtune.config import Recorded
 from llmtune.errors import ConfigError
 
-EVALUATIONS = 10
-"""Validations a run, unless train.eval_steps says otherwise."""
+EVALUATIONS, CHECKPOINTS = 10, 4
+"""About so many validations a run, unless train.eval_steps says otherwise; without validation, so many checkpoints."""
 
 
 def world_size() -> int:
@@ -48,7 +48,7 @@ def to_trl(
     train, validated = config.train, config.data.validation is not None
     steps = total_steps(config, rows)
     eval_steps = train.eval_steps if validated else None
-    every = min(steps, eval_steps or max(1, steps // EVALUATIONS))
+    every = min(steps, eval_steps or max(1, steps // (EVALUATIONS if validated else CHECKPOINTS)))
     stopping = train.early_stopping
     return {
         "output_dir": str(checkpoints),

@@ -36,7 +36,8 @@ def last_complete(folder: Path) -> Path | None:
 
 
 def claim(folder: Path, identity: dict[str, Any], place: object) -> None:
-    """Note what run these checkpoints belong to. Raises ConfigError naming what changed when they are another run's."""
+    """Note what run these checkpoints belong to. Raises ConfigError naming what changed when they are another run's,
+    and for a folder that is not ours to clear."""
     note = folder / "run.json"
     identity = json.loads(json.dumps(identity))
     if note.is_file() and last_complete(folder):
@@ -48,6 +49,10 @@ def claim(folder: Path, identity: dict[str, Any], place: object) -> None:
                 place, f"an interrupted run lies in {folder}, and since then {'; '.join(changed)}. To go on, {fix}"
             )
         return
+    if folder.exists() and not note.is_file() and any(folder.iterdir()):
+        raise ConfigError(
+            place, f"output_dir: {folder} holds files that are not this tool's; choose another output_dir"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_atomically(note, json.dumps(identity, indent=1))

@@ -149,9 +149,6 @@ def test_a_schema_describes_every_key(llmtune, name):
         assert started.keys() <= schema["properties"].keys()
 
 
-@pytest.mark.xfail(
-    reason="BUG: the schema lacks `model: NAME`, the form of every shipped file, which editors mark as wrong"
-)
 def test_the_schema_knows_the_short_form_of_model(llmtune):
     assert '"string"' in json.dumps(json.loads(llmtune("schema", "sft").out)["properties"]["model"])
 
