@@ -14,6 +14,7 @@ whole seconds are the command's. Speeds on a shared machine drift: read the rati
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import resource
@@ -110,6 +111,7 @@ def trl_command(folder: Path, repeat: int) -> list[str]:
         "learning_rate": LEARNING_RATE,
         "lora_r": RANK,
         "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -212,7 +214,7 @@ def losses(what: str, folder: Path, repeat: int, log: Path) -> dict:
             else None
         )
         text = log.read_text()
-        found = [eval(part) for part in _dicts(text)] if state is None else state["log_history"]
+        found = [ast.literal_eval(part) for part in _dicts(text)] if state is None else state["log_history"]
         runtime = next(float(entry["train_runtime"]) for entry in found if "train_runtime" in entry)
         return {"losses": [float(entry["loss"]) for entry in found if "loss" in entry], "seconds": runtime}
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"step"')]

@@ -2,11 +2,11 @@
 
     import llmtune
     config = llmtune.load_config("sft.yaml", ["train.seed=1"])
-    adapter = llmtune.sft(config)                             # <output_dir>/adapter
-    scores = llmtune.evaluate(llmtune.load_config("eval.yaml"), "eval.yaml")
-    verdict = llmtune.gate(scores.path)                       # its manifest says PASS, FAIL or INCONCLUSIVE
-    merged = llmtune.merge(adapter.path.parent)               # proven equal to its adapter, or not written
-    page = llmtune.report(adapter.path.parent)
+    adapter = llmtune.run_sft(config)                             # <output_dir>/adapter
+    scores = llmtune.run_eval(llmtune.load_config("eval.yaml"), "eval.yaml")
+    verdict = llmtune.run_gate(scores.path)                       # its manifest says PASS, FAIL or INCONCLUSIVE
+    merged = llmtune.run_merge(adapter.path.parent)               # proven equal to its adapter, or not written
+    page = llmtune.build_report(adapter.path.parent)
 
 Importing this module imports nothing else; each name is loaded on first use.
 """
@@ -21,25 +21,25 @@ __version__ = "0.1.0"
 _API = {
     "Artifact": "llmtune.artifact:Artifact",
     "LlmtuneError": "llmtune.errors:LlmtuneError",
-    "evaluate": "llmtune.evaluate.arms:run",
-    "gate": "llmtune.gate:run",
+    "run_eval": "llmtune.evaluate.arms:run",
+    "run_gate": "llmtune.gate:run",
     "load_config": "llmtune.config:load",
-    "merge": "llmtune.export.merge:run",
+    "run_merge": "llmtune.export.merge:run",
     "read_artifact": "llmtune.artifact:read",
-    "report": "llmtune.report:build",
-    "sft": "llmtune.stages.sft:run",
+    "build_report": "llmtune.report:build",
+    "run_sft": "llmtune.stages.sft:run",
 }
 __all__ = [
     "Artifact",
     "LlmtuneError",
     "__version__",
-    "evaluate",
-    "gate",
+    "build_report",
     "load_config",
-    "merge",
     "read_artifact",
-    "report",
-    "sft",
+    "run_eval",
+    "run_gate",
+    "run_merge",
+    "run_sft",
 ]
 
 

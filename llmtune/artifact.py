@@ -27,7 +27,7 @@ from llmtune.errors import ArtifactError, MachineError
 
 MANIFEST = "llmtune.json"
 SCHEMA = 1
-Kind = Literal["data", "adapter", "model", "scores", "verdict", "index", "export", "report"]
+Kind = Literal["data", "adapter", "model", "scores", "verdict", "report"]
 STACK = ("llmtune", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "safetensors")
 
 

@@ -103,7 +103,9 @@ class _Steps:
         if artifact.complete(self.folder / name):
             made = artifact.read(self.folder / name)
             made_from = {entry["sha256"] for entry in made.manifest["parents"]}
-            if parent is None or name == "adapter" or parent.sha256 in made_from:
+            if name == "adapter" and parent is not None:  # it names its rows by their hash
+                made_from = {parent.sha256} if _trained_on(made, parent) else set()
+            if parent is None or parent.sha256 in made_from:
                 say(f"{heading}: done before")
                 return made
             raise ArtifactError(f"{made.path}: was made from another {parent.kind}; move it away and run again")
@@ -112,6 +114,11 @@ class _Steps:
         made = make()
         say(f"  {time.monotonic() - began:.0f} s")
         return made
+
+
+def _trained_on(adapter: Artifact, data: Artifact) -> bool:
+    rows = adapter.manifest["data"]["train"]["sources"]
+    return [source["sha256"] for source in rows] == [data.manifest["files"]["train.jsonl"]["sha256"]]
 
 
 def build_data(folder: Path, *, smoke: bool, replay: bool) -> Artifact:

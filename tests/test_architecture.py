@@ -195,7 +195,7 @@ def test_shipped_folders_hold_no_python():
 def test_the_public_list_is_what_can_be_imported():
     import llmtune
 
-    api = "Artifact LlmtuneError __version__ evaluate gate load_config merge read_artifact report sft"
+    api = "Artifact LlmtuneError __version__ build_report load_config read_artifact run_eval run_gate run_merge run_sft"
     assert sorted(llmtune.__all__) == api.split()
     for name, target in llmtune._API.items():
         module, attribute = target.split(":")

@@ -145,7 +145,7 @@ def test_a_bad_row_is_named(tmp_path, row, problem):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": "q"}, "has no answer"),
+        ({"prompt": "q"}, "has no answer (no column 'completion'; it has prompt; data.columns can say which is which)"),
         ({"prompt": "q", "completion": None}, "has no answer"),
         ({"prompt": "q", "completion": ""}, "has no answer"),
         ({"completion": "a"}, "has no 'prompt'"),

@@ -32,6 +32,7 @@ def test_a_folder_is_found_with_its_facts(tiny_folder):
         "id": str(tiny_folder),
         "revision": None,
         "sha256": source.sha256,
+        "words_sha256": source.words_sha256,
         "licence": "apache-2.0",
     }
     assert len(source.sha256) == 64

@@ -244,11 +244,63 @@ def _nan(model) -> torch.Tensor:
     return next(p for p in model.parameters() if p.requires_grad).sum() * float("nan")
 
 
-def test_tracking_writes_what_tensorboard_reads(run_file, tmp_path: Path, monkeypatch) -> None:
+def test_tracking_writes_what_tensorboard_reads(run_file, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
     sft.run(run_file(tracking=["tensorboard"]))
-    assert list((tmp_path / "boards").rglob("events.out.tfevents.*"))
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_validation_loss_does_not_depend_on_the_batch(run_file) -> None:
+    frozen = {"train__max_steps": 1, "train__eval_steps": 1, "train__learning_rate": 1e-12, "train__batch_size": 4}
+    losses = [
+        sft.run(run_file(f"micro-{size}", **frozen, train__micro_batch_size=size)).manifest["metrics"][
+            "validation_loss"
+        ]
+        for size in (1, 4)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_early_stopping_keeps_its_patience_over_an_interruption(run_file, monkeypatch) -> None:
+    changes = {
+        "train__max_steps": 40,
+        "train__learning_rate": 1.0,
+        "train__scheduler": "constant",
+        "train__early_stopping": {"patience": 3},
+    }
+    whole = sft.run(run_file("whole", **changes))
+    steps = whole.manifest["metrics"]["steps"]
+
+    def interrupt(self, args, state, control, **_):
+        if state.global_step == steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.ProgressDisplay, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(run_file("cut", **changes))
+    resumed = sft.run(run_file("cut", **changes)).manifest["metrics"]
+    assert resumed["steps"] == steps
+    assert resumed["tokens"] == whole.manifest["metrics"]["tokens"]
+    assert resumed["train_loss"] == whole.manifest["metrics"]["train_loss"]
+
+
+def test_an_initialisation_that_changes_the_base_is_refused(run_file) -> None:
+    with pytest.raises(ConfigError, match="changes the base's own weights"):
+        sft.run(
+            run_file(adapter={"method": "lora", "r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"})
+        )
+
+
+def test_rows_longer_than_the_model_has_positions_for_are_refused(run_file) -> None:
+    with pytest.raises(ConfigError, match=r"data\.max_length: 1000000 is more than the \d+ positions"):
+        sft.run(run_file(data__max_length=1_000_000))
+
+
+def test_a_validation_row_that_is_trained_on_is_refused(run_file) -> None:
+    with pytest.raises(ConfigError, match=r"data\.validation: 16 of its rows are training rows too"):
+        sft.run(run_file(data__validation="./train.jsonl"))
 
 
 def test_a_tracker_that_is_not_installed_is_named(run_file, monkeypatch) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ SIGTERM after a checkpoint; 130 Ctrl-C (the same command goes on from there)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _quiet()
     module, function = arguments.run.split(":")
+    if function in COMPUTING:
+        _share_processors()
     try:
         code = getattr(importlib.import_module(module), function)(arguments)
         return int(code or 0)
@@ -44,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"llmtune: {error}", file=sys.stderr)
-        _leave_exit_note(error.exit_code, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         if arguments.debug:
@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug or not (message := _machine_failure(error)):
             raise
         print(f"llmtune: {message}", file=sys.stderr)
-        _leave_exit_note(1, message)
         return 1
 
 
@@ -68,13 +67,26 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # torch's threads spin while they wait; on a machine that others keep busy that costs a factor of five (docs/log.md)
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 4:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # TRL 1.16 still reads names that transformers 5.23 deprecates; bitsandbytes tells of an optional package at import
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     for talkative in ("bitsandbytes", "lm_eval", "accelerate"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
+
+
+def _share_processors() -> None:
+    """Have torch's threads sleep while they wait, where another process keeps a processor busy at this moment.
+
+    They spin otherwise, which is faster alone (by a third) and slower beside others (up to five times, docs/log.md). The load
+    average would not do: it still counts the command that ended before this one. Linux only.
+    """
+    readings = []
+    for _ in range(10):
+        with contextlib.suppress(OSError, ValueError):
+            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].split("/")[0]
+            readings.append(int(running) - 1)  # this process is one of them
+        time.sleep(0.01)
+    if readings and sum(readings) > 0.5 * len(readings):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _machine_failure(error: BaseException) -> str | None:
@@ -87,20 +99,15 @@ def _machine_failure(error: BaseException) -> str | None:
     return None
 
 
-def _leave_exit_note(code: int, message: str) -> None:
-    """Under a launcher, which swallows a child's exit code, the first failing rank leaves `exit.json` where it was asked to."""
-    folder = os.environ.get("LLMTUNE_EXIT_FOLDER")
-    if folder:
-        with contextlib.suppress(OSError), Path(folder, "exit.json").open("x", encoding="utf-8") as stream:
-            json.dump({"code": code, "message": message, "rank": int(os.environ.get("RANK", "0"))}, stream)
-
-
 def _argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, settings
 
 
 CONFIG = _argument("config", type=Path, metavar="CONFIG", help="a run file (YAML)")
-OVERRIDES = _argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+OVERRIDES = _argument(
+    "overrides", nargs="*", metavar="key.sub=value", default=[], help="settings that replace those of the file"
+)
+COMPUTING = {"quickstart", "sft", "evaluate", "merge", "chat"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
 JSON = _argument("--json", action="store_true", help="print the result as JSON")
 

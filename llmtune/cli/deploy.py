@@ -82,7 +82,7 @@ def _speakers(run: Path, arm: str) -> _Speakers:
     made = artifact.read(run / "merged", "model") if merged else artifact.finished_run(run)
     from llmtune.model import adapters, load
 
-    base = load.find(made.manifest["base"]["id"])
+    base = load.find_again(made.manifest["base"])
     if made.kind == "adapter":
         model = adapters.attach(load.load_model(base), base, made)
         names = ["base", "tuned"] if arm == "both" else [arm]

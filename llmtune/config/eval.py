@@ -80,5 +80,7 @@ class EvalConfig(Section):
     suites: list[str] = Field(min_length=1, description="names of shipped suites, or ./paths of your own")
     few_shot: FewShotConfig | None = None
     batch_size: PositiveInt = Field(16, description="items per forward pass, the same for every arm")
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: what the base ran in when it was tuned"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -53,7 +53,7 @@ def load_chats(
             column_map = column_map or _column_map(format, row)
             if training and row.fields.get("sealed"):
                 raise DataError(row.place, "is sealed: it belongs to a test split, which training must not see")
-            turns, found = _turns(row.fields, column_map)
+            turns, found = _turns(row.fields, column_map, answers)
             found = found or _check(turns, answers)
             if found:
                 problems += [f"{row.place}: {problem}" for problem in found]
@@ -82,7 +82,7 @@ def _column_map(format: str, row: Row) -> ColumnMap:
     )
 
 
-def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, Any]], list[str]]:
+def _turns(fields: dict[str, Any], columns: ColumnMap, answers: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """The row's turns, and what is wrong with its shape."""
     turns: list[dict[str, Any]] = []
     if columns.system and fields.get(columns.system):
@@ -96,6 +96,10 @@ def _turns(fields: dict[str, Any], columns: ColumnMap) -> tuple[list[dict[str, A
         turns.append({"role": "user", "content": wrong[0] if wrong else "\n\n".join(asked)})
         if fields.get(str(columns.assistant)) is not None:
             turns.append({"role": "assistant", "content": fields[str(columns.assistant)]})
+        elif answers and columns.assistant not in fields and not missing:
+            has = f"no column '{columns.assistant}'; it has {', '.join(fields)}"
+            missing_answer = f"has no answer ({has}; data.columns can say which is which)"
+            return turns, [missing_answer]
         return turns, [f"has no '{name}'" for name in missing]
     conversation = fields.get(columns.conversation)
     if not isinstance(conversation, list):

@@ -43,10 +43,11 @@ class Counts:
     supervised_tokens: int = 0
     duplicates: int = 0
     lengths: list[int] = field(default_factory=list)
+    keys: set[int] = field(default_factory=set)
 
     def facts(self) -> dict[str, int]:
         """The counts for a manifest."""
-        facts = {key: value for key, value in asdict(self).items() if key != "lengths"}
+        facts = {key: value for key, value in asdict(self).items() if key not in {"lengths", "keys"}}
         ordered = sorted(self.lengths) or [0]
         return {**facts, "median_tokens": int(statistics.median(ordered)), "longest_tokens": ordered[-1]}
 
@@ -114,7 +115,7 @@ def encode_chats(
     counts: Counts,
 ) -> Iterator[TokenRow]:
     """Encode every chat and count it. Raises one DataError that names every row that cannot be trained on."""
-    problems, seen = [], set()
+    problems = []
     for chat in chats:
         try:
             row = encode_chat(tokenizer, chat.turns)
@@ -141,8 +142,8 @@ def encode_chats(
         counts.supervised_tokens += row.supervised
         counts.lengths.append(len(row.input_ids))
         key = hash(tuple(row.input_ids))
-        counts.duplicates += key in seen
-        seen.add(key)
+        counts.duplicates += key in counts.keys
+        counts.keys.add(key)
         yield row
     if problems:
         raise DataError("data", problems)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import shutil
-import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,16 +89,21 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     folder = Path(view.run)
     tuned = artifact.finished_run(folder)
     suites = [load_suite(name, Path(place)) for name in view.suites]
+    if twice := [name for name, number in Counter(suite.config.suite for suite in suites).items() if number > 1]:
+        raise ConfigError(place, f"suites: '{twice[0]}' stands twice")
     arms = [Arm("base", tuned=False), *_few_shot(view, suites, place), Arm("tuned", tuned=True)]
-    base = load.find(tuned.manifest["base"]["id"])
+    base = load.find_again(tuned.manifest["base"])
     adapters.require_base(tuned, base)
-    view_of_machine = view.dtype, view.device, view.batch_size
+    dtype = tuned.manifest["base"]["dtype"] if view.dtype == "auto" else view.dtype
+    settings_of_run = [dtype, view.device, view.batch_size, judge.VERSION, artifact.versions()]
     view.require_all_read(place)
-    subject = _load(base, tuned, view.dtype, view.device)
-    parts, key = folder / ".scores-parts", json.dumps([tuned.sha256, *view_of_machine])
+    subject = _load(base, tuned, dtype, view.device)
+    parts, key = (
+        folder / ".scores-parts",
+        json.dumps([tuned.sha256, *settings_of_run]),
+    )
     records, cost = [], {}
     for arm in arms:
-        began = time.perf_counter()
         for suite in suites:
             if arm.examples and not suite.config.few_shot:
                 continue
@@ -107,10 +112,7 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
                 parts.mkdir(exist_ok=True)
                 artifact.write_atomically(part, scores.dump(_measure(subject, arm, suite, view.batch_size)))
             records += scores.read(part)
-        cost[arm.name] = {
-            **_cost([r for r in records if r.arm == arm.name]),
-            "seconds": round(time.perf_counter() - began, 1),
-        }
+        cost[arm.name] = _cost([record for record in records if record.arm == arm.name])
     _assert_effect(records)
     with artifact.writing(folder / "scores", "scores", [tuned], replace=True) as draft:
         (draft.path / scores.FILE).write_text(scores.dump(records), encoding="utf-8")
@@ -169,7 +171,13 @@ def _few_shot(view: Recorded, suites: list[Suite], place: Path | str) -> list[Ar
     if len(chats) < few.k:
         raise ConfigError(place, f"few_shot.k: {few.k} examples are asked for, and {few.examples} holds {len(chats)}")
     drawn = random.Random(few.seed).sample(chats, few.k)
-    return [Arm(f"base + {few.k} examples", tuned=False, examples=[turn for chat in drawn for turn in chat.turns])]
+    return [
+        Arm(
+            f"base + {few.k} examples",
+            tuned=False,
+            examples=[turn for chat in drawn for turn in chat.turns if turn["role"] != "system"],
+        )
+    ]
 
 
 def _load(base: load.Source, tuned: Artifact, dtype: str, device: str) -> Subject:

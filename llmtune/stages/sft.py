@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +30,10 @@ from llmtune.data.chats import load_chats
 from llmtune.data.rows import fingerprint
 from llmtune.data.tokens import IGNORED, Counts, encode_chats, write_dataset
 from llmtune.errors import ConfigError, LlmtuneError, Preempted, UserError
-from llmtune.model import adapters, load
+from llmtune.model import adapters, infer, load
 from llmtune.progress import say
 from llmtune.training import arguments, checkpoints
-from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal, peak_memory_gb
+from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal
 from llmtune.training.trainer import SupervisedTrainer
 
 if TYPE_CHECKING:
@@ -62,21 +61,22 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
     for tracker in view.tracking:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
-    os.environ.setdefault(
-        "TENSORBOARD_LOGGING_DIR", str(output / "tensorboard")
-    )  # its default is inside the checkpoints
     device = load.choose_device(view.model.device)
-    with out_of_space_explained(output), _alone(output, place):
+    with out_of_space_explained(output), _alone(output, place), _boards(output):
         prints = {name: fingerprint(source) for name, source in _sources(view)}
-        base = load.find(view.model.name)
+        base = load.find(view.model.name, trust_remote_code=view.model.trust_remote_code)
         if warning := base.licence_warning:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
         folder = output / "checkpoints"
-        checkpoints.claim(folder, checkpoints.identity(config.model_dump(mode="json"), prints, base.sha256), place)
+        checkpoints.claim(folder, checkpoints.identity(config.model_dump(mode="json"), prints, base.facts()), place)
         try:
             train_rows, train_counts = _tokenise(view, "train", tokenizer, folder)
             valid_rows, valid_counts = _tokenise(view, "validation", tokenizer, folder)
+            if shared := train_counts.keys & valid_counts.keys:
+                raise ConfigError(
+                    place, f"data.validation: {len(shared)} of its rows are training rows too; remove them from one"
+                )
             trainer = _build_trainer(view, base, tokenizer, train_rows, valid_rows, folder, device, place)
             _assert_nothing_lost(trainer.train_dataset, train_counts)
             view.require_all_read(place)
@@ -104,6 +104,19 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             (draft.path / "curves.svg").write_text(svg, encoding="utf-8")
     shutil.rmtree(folder)
     return artifact.read(target)
+
+
+@contextlib.contextmanager
+def _boards(output: Path) -> Iterator[None]:
+    """Keep TensorBoard's files in the run's folder; transformers would put them among the checkpoints."""
+    given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = given or str(output / "tensorboard")
+    try:
+        yield
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+        if given:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = given
 
 
 @contextlib.contextmanager
@@ -169,6 +182,11 @@ def _build_trainer(
     weights = compute if adapted else "float32"
     set_seed(view.train.seed)
     model: Any = load.load_model(base, weights, device, trust_remote_code=view.model.trust_remote_code)
+    limit = infer.context_length(model)
+    if limit and view.data.max_length > limit:
+        raise ConfigError(
+            place, f"data.max_length: {view.data.max_length} is more than the {limit} positions of the model"
+        )
     if adapted:
         train = view.train
         model = adapters.build_adapter(
@@ -182,17 +200,12 @@ def _build_trainer(
         checkpoints=folder,
         device=device,
         mixed_bf16=mixed,
-        processes=arguments.world_size(),
     )
     stopping = words.pop("early_stopping")
     try:
         args = TrlConfig(**words)
     except (ValueError, ImportError) as error:
         raise ConfigError(place, f"train: {error}") from None
-    if args.world_size != arguments.world_size():
-        raise LlmtuneError(
-            f"the launcher started {arguments.world_size()} processes and torch joined {args.world_size}"
-        )
     trainer = SupervisedTrainer(
         model=model, args=args, train_dataset=train_rows, eval_dataset=valid_rows, processing_class=tokenizer
     )
@@ -221,9 +234,8 @@ def _train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
     resume = checkpoints.last_complete(folder)
     if resume:
         say(f"  resuming from {resume.name}")
-    began = time.perf_counter()
     try:
-        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         display.close()
         stop.restore()
@@ -233,20 +245,22 @@ def _train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
             raise Preempted(done)
         say(f"  {done}")
         raise KeyboardInterrupt
-    seconds = time.perf_counter() - began
-    counts = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    # from the file, which an interruption does not cut short: the whole run's, not this process's
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    tokens, seconds = sum(line["tokens"] for line in logged), sum(line["seconds"] for line in logged)
     best = trainer.state.best_model_checkpoint
     return {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "train_loss": result.training_loss,
+        "train_loss": sum(line["loss"] for line in logged) / len(logged),
         "validation_loss": trainer.state.best_metric,
         "best_step": int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step,
-        "tokens": trainer.seen_tokens,
-        "tokens_per_s": round(trainer.seen_tokens / seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb(), 3),
-        "total_parameters": counts[0],
-        "trainable_parameters": counts[1],
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "peak_memory_gb": round(max(line["memory_gb"] for line in logged), 3),
+        "total_parameters": trainer.model.num_parameters(),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
 
 
@@ -258,5 +272,5 @@ def _data_facts(prints: dict[str, str], counts: dict[str, Counts]) -> dict[str, 
         ]
         facts[split] = {"sources": sources, **dataclasses.asdict(count), **count.facts()} if sources else None
         if facts[split]:
-            del facts[split]["lengths"]
+            del facts[split]["lengths"], facts[split]["keys"]
     return facts

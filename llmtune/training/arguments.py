@@ -38,9 +38,7 @@ def total_steps(config: Recorded, rows: int) -> int:
     return math.ceil(batches * float(config.train.epochs))
 
 
-def to_trl(
-    config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed_bf16: bool, processes: int
-) -> dict[str, Any]:
+def to_trl(config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed_bf16: bool) -> dict[str, Any]:
     """Keyword arguments of trl.SFTConfig. Pure: it looks at nothing but its arguments.
 
     mixed_bf16: trainable weights are float32 and the arithmetic bfloat16 (autocast); off when weights are bfloat16 already.
@@ -56,7 +54,7 @@ def to_trl(
         "max_steps": train.max_steps if train.max_steps is not None else -1,
         "per_device_train_batch_size": train.micro_batch_size,
         "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * processes),
+        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.scheduler,
         "warmup_steps": train.warmup_steps,
@@ -78,6 +76,7 @@ def to_trl(
         "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # early stopping's patience, on resume
         "load_best_model_at_end": validated,
         "metric_for_best_model": "loss" if validated else None,
         "greater_is_better": False if validated else None,

@@ -31,16 +31,22 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.began, self.tokens = time.perf_counter(), self.trainer.seen_tokens
+        self.seconds, self.tokens = 0.0, self.trainer.seen_tokens
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self.began
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
         found = {NAMES.get(key, key): value for key, value in logs.items()}
         line = {"step": state.global_step, **{key: found[key] for key in KEPT if key in found}}
         if "loss" in line:
-            now, tokens = time.perf_counter(), self.trainer.seen_tokens
-            line["tokens_per_s"] = round((tokens - self.tokens) / (now - self.began), 1)
-            line["memory_gb"] = round(peak_memory_gb(), 3)
-            self.began, self.tokens = now, tokens
+            tokens = self.trainer.seen_tokens - self.tokens
+            line |= {"tokens": tokens, "seconds": round(self.seconds, 4), "memory_gb": round(peak_memory_gb(), 3)}
+            line["tokens_per_s"] = round(tokens / self.seconds, 1)
+            self.seconds, self.tokens = 0.0, self.trainer.seen_tokens
             if line["loss"] != line["loss"]:
                 raise LlmtuneError(
                     f"the loss is not a number at step {state.global_step}; lower train.learning_rate, or set model.dtype to float32"
@@ -115,7 +121,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
 def peak_memory_gb() -> float:
     """Peak of this process so far: on the GPU where one is used, else resident memory."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return float(torch.cuda.max_memory_allocated()) / 2**30
     import resource
     import sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -58,10 +57,13 @@ def claim(folder: Path, identity: dict[str, Any], place: object) -> None:
     write_atomically(note, json.dumps(identity, indent=1))
 
 
-def identity(config: dict[str, Any], data: dict[str, str], base: str) -> dict[str, Any]:
+def identity(config: dict[str, Any], rows: dict[str, str], base: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a resumed run to equal an uninterrupted one."""
-    kept = {key: value for key, value in config.items() if key not in {"output_dir", "tracking"}}
-    return {**kept, "rows": data, "base_weights": hashlib.sha256(base.encode()).hexdigest()}
+    return {
+        **{key: value for key, value in config.items() if key not in {"output_dir", "tracking"}},
+        "rows": rows,
+        "base": base,
+    }
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

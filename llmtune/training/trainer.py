@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with four corrections, each for a measured reason."""
+"""TRL's SFTTrainer with five corrections, each for a measured reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from llmtune.data.tokens import IGNORED
 from llmtune.errors import LlmtuneError
 from llmtune.model.infer import supervised_logits
 
@@ -21,7 +22,7 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     GPU TRL's fused kernel does that already and is used. And `PeftModel.load_adapter`, by which transformers resumes and takes
     the best checkpoint back, turns bfloat16 adapters into float32 ones: another trajectory, another speed. transformers' own grouping by length runs an epoch of less than fifty batches from the
     longest rows to the shortest and draws from the global generator, so that a run resumed inside an epoch sees other batches;
-    see LengthBuckets. TRL's telemetry is off.
+    see LengthBuckets. Its validation loss is a mean of batch means. TRL's telemetry is off.
     """
 
     seen_tokens = 0
@@ -35,14 +36,26 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             self.seen_tokens += int(inputs["attention_mask"].sum())
         if self.accelerator.device.type == "cuda":
             fused: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self._count_validation(fused, int((inputs["labels"][:, 1:] != IGNORED).sum()))
             return fused
         labels = inputs["labels"]
         logits, targets = supervised_logits(model, {k: v for k, v in inputs.items() if k != "labels"}, labels)
         total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the count is of every rank, and DDP averages
+        self._count_validation(loss, targets.numel())
         return loss
+
+    def _count_validation(self, loss: torch.Tensor, tokens: int) -> None:
+        if not self.model.training:
+            self.validated[0] += loss.item() * tokens
+            self.validated[1] += tokens
+
+    def evaluation_loop(self, *arguments: Any, **settings: Any) -> Any:
+        """As transformers', but the loss is the mean over tokens, whatever the batches: theirs is a mean of batch means."""
+        self.validated = [0.0, 0.0]
+        output = super().evaluation_loop(*arguments, **settings)
+        output.metrics["eval_loss"] = self.validated[0] / self.validated[1]
+        return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -24,7 +24,7 @@ def losses(folder: Path, tiny: Path, device: str, dtype: str) -> list[float]:
     raw = {
         "stage": "sft",
         "model": {"name": str(tiny), "dtype": dtype, "device": device},
-        "data": {"train": "./train.jsonl", "validation": "./train.jsonl"},
+        "data": {"train": "./train.jsonl"},
         "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
         "train": {"max_steps": 6, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 5e-3},
         "output_dir": f"./{device}-{dtype}",

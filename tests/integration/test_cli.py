@@ -214,16 +214,6 @@ def test_a_mistake_of_ours_keeps_its_traceback(llmtune, failing, error):
         llmtune("schema", "sft")
 
 
-def test_under_a_launcher_the_first_failure_is_noted(llmtune, monkeypatch, tmp_path):
-    monkeypatch.setenv("LLMTUNE_EXIT_FOLDER", str(tmp_path))
-    monkeypatch.setenv("RANK", "1")
-    for stage in ("first", "second"):
-        assert llmtune("schema", stage).code == 2
-    note = json.loads((tmp_path / "exit.json").read_text())
-    assert (note["code"], note["rank"]) == (2, 1)
-    assert note["message"].startswith("schema: unknown stage 'first'")
-
-
 def test_a_reader_that_has_gone_is_no_error():
     code = "import sys; from llmtune.cli import main; sys.exit(main(['schema', 'sft']))"
     argv = [sys.executable, "-c", code]

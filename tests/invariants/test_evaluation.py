@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -126,13 +127,13 @@ def test_an_adapter_without_effect_is_noticed(tuned: Path, tmp_path: Path) -> No
 
 
 def test_an_adapter_for_another_base_is_refused(tuned: Path, tiny_folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(load, "find", lambda name, find=load.find: _another(find(name)))
+    monkeypatch.setattr(load, "find", lambda name, find=load.find, **_: _another(find(name)))
     with pytest.raises(ArtifactError, match="was trained on"):
         evaluate(tuned)
 
 
 def _another(source: load.Source) -> load.Source:
-    return load.Source(source.name, source.folder, source.revision, "0" * 64, source.licence)
+    return dataclasses.replace(source, sha256="0" * 64)
 
 
 def test_a_merge_is_proven_from_disk(tuned: Path) -> None:
@@ -193,3 +194,24 @@ def test_what_cannot_be_merged_says_why(tuned: Path, tmp_path: Path, tiny_folder
     sft.run(config.build(raw, tmp_path / "sft.yaml"))
     with pytest.raises(ConfigError, match="cannot be merged"):
         merge.run(tmp_path / "prompt")
+
+
+def test_a_chat_template_changed_after_training_is_noticed(tuned: Path, monkeypatch) -> None:
+    changed = dataclasses.replace
+    monkeypatch.setattr(load, "find", lambda name, find=load.find, **_: changed(find(name), words_sha256="0" * 64))
+    with pytest.raises(ArtifactError, match="tokenizer or chat template was changed"):
+        evaluate(tuned)
+
+
+def test_a_float32_adapter_on_a_bfloat16_base_stays_float32(tuned: Path) -> None:
+    from llmtune.model import adapters
+
+    made = artifact.read(tuned / "run" / "adapter")
+    base = load.find_again(made.manifest["base"])
+    model = adapters.attach(load.load_model(base, "bfloat16"), base, made)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def test_a_suite_that_stands_twice_is_refused(tuned: Path) -> None:
+    with pytest.raises(ConfigError, match="'sums' stands twice"):
+        evaluate(tuned, suites=["./sums.yaml", "./sums.yaml"])
