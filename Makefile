@@ -21,8 +21,8 @@ help:            ## this list
 	@if $(BIN)/python -c "import torch" 2>/dev/null; then echo "torch is here already"; \
 	elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then $(BIN)/python -m pip install $(TORCH); \
 	elif [ "$$(uname -s)" != Linux ]; then $(BIN)/python -m pip install $(TORCH); \
-	elif $(BIN)/python -m pip install --quiet "$(TORCH)+cpu" 2>/dev/null; then echo "torch: CPU build"; \
-	elif [ -n "$(TORCH_CPU_INDEX)" ]; then $(BIN)/python -m pip install --index-url "$(TORCH_CPU_INDEX)" "$(TORCH)+cpu"; \
+	elif $(BIN)/python -m pip install --quiet "$(TORCH)+cpu"; then echo "torch: CPU build"; \
+	elif [ -n "$(TORCH_CPU_INDEX)" ]; then echo "not there (above): asking $(TORCH_CPU_INDEX)"; $(BIN)/python -m pip install --index-url "$(TORCH_CPU_INDEX)" "$(TORCH)+cpu"; \
 	else echo "no CPU build of torch found: set TORCH_CPU_INDEX" >&2; exit 1; fi
 	@touch $@
 

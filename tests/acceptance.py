@@ -28,7 +28,7 @@ class Outcome:
     claim: str
     figure: str
     target: str
-    holds: bool | None  # None: could not be run here
+    holds: bool | None  # None: not judged, or the data is absent here
 
 
 Case = Callable[[bool, Path], Iterator[Outcome]]
@@ -124,11 +124,9 @@ def the_quickstart_holds(short: bool, folder: Path) -> Iterator[Outcome]:
         return
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
+    figure = f"{seconds:.0f} s, {cpu:.0f} CPU s"
     yield Outcome(
-        "the quickstart ends in minutes (two cores)",
-        f"{seconds:.0f} s, {cpu:.0f} CPU s",
-        "about 360 s; not gated",
-        True,
+        "the quickstart ends in minutes on two cores (an aim: no case is decided by a clock)", figure, "360 s", None
     )
     verdict = gate.read(artifact.read(run / "verdict"))
     yield Outcome("its gate does not FAIL", verdict.verdict, "PASS or INCONCLUSIVE", verdict.verdict != "FAIL")
@@ -196,7 +194,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         for case in CASES:
             for outcome in case(short, Path(name)):
-                word = {True: "yes", False: "NO", None: "not run"}[outcome.holds]
+                word = {True: "yes", False: "NO", None: "not judged"}[outcome.holds]
                 passed, failed, skipped = (
                     passed + (outcome.holds is True),
                     failed + (outcome.holds is False),
@@ -204,7 +202,7 @@ def main() -> int:
                 )
                 lines.append(f"| {outcome.claim} | {outcome.figure} | {outcome.target} | {word} |")
                 print(lines[-1], flush=True)
-    print(f"\nacceptance: {passed} hold, {failed} do not, {skipped} could not be run")
+    print(f"\nacceptance: {passed} hold, {failed} do not, {skipped} not judged")
     if not short:
         text = (
             "# Acceptance\n\nThe last run of `make acceptance` (`SHORT=1` for the form CI runs).\n\n"
