@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -36,7 +37,16 @@ def load_tasks(names: list[str], place: Path) -> dict[str, Any]:
         for file in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
             try:
                 task = load_yaml(file)
-            except Exception as error:  # whatever a task's YAML or its !function raises is the user's to see
+            except (
+                yaml.YAMLError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+                ImportError,
+                OSError,
+                SyntaxError,
+            ) as error:
                 raise ConfigError(file, f"is no task lm-eval can read: {error}") from None
             found.setdefault(task.get("task", file.stem), _with_absolute_files(task, file))
     theirs = [name for name in names if name not in found]
