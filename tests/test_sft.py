@@ -30,7 +30,7 @@ def run_file(tmp_path: Path, tiny_folder: Path):
                 {
                     "messages": [
                         {"role": "user", "content": f"{split} {i} plus {i}?"},
-                        {"role": "assistant", "content": str(2 * i)},
+                        {"role": "assistant", "content": str(2 * i) + "!" * i},
                     ]
                 }
                 for i in range(number)
