@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from llmtune import artifact
-from llmtune.config.sft import AdapterConfig
+from llmtune.config.train import AdapterConfig
 from llmtune.errors import ArtifactError, ConfigError
 from llmtune.model import adapters, load
 

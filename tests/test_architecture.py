@@ -30,6 +30,9 @@ ALSO = {  # imports within a layer, each for a reason
 LIGHT = [
     "config",
     "config.sft",
+    "config.model",
+    "config.data",
+    "config.train",
     "config.eval",
     "config.peft_methods",
     "artifact",

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from llmtune import config
 from llmtune.config import Recorded, Section, peft_methods
-from llmtune.config.sft import AdapterConfig, SftConfig
+from llmtune.config.sft import SftConfig
+from llmtune.config.train import AdapterConfig
 from llmtune.errors import ConfigError
 
 VALID = """\

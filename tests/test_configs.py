@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from llmtune import config
+from llmtune.config.data import ColumnMap
 from llmtune.config.eval import SuiteConfig
-from llmtune.config.sft import ColumnMap
 from llmtune.data.chats import FORMATS
 from llmtune.errors import ConfigError
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from llmtune.config.sft import ColumnMap
+from llmtune.config.data import ColumnMap
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.rows import fingerprint, read_rows
 from llmtune.errors import ConfigError, DataError, LlmtuneError

@@ -16,8 +16,10 @@ from pydantic_core import PydanticUndefined
 import llmtune
 from llmtune import cli, config, gate, stats
 from llmtune.config import Section
+from llmtune.config.data import ColumnMap
 from llmtune.config.eval import EvalConfig, Metric, Rule, SuiteConfig
-from llmtune.config.sft import AdapterConfig, ColumnMap, SftConfig
+from llmtune.config.sft import SftConfig
+from llmtune.config.train import AdapterConfig
 from llmtune.data.chats import load_chats
 
 ROOT = Path(__file__).resolve().parent.parent

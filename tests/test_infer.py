@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
-from llmtune.config.sft import AdapterConfig
+from llmtune.config.train import AdapterConfig
 from llmtune.data.tokens import IGNORED, TokenRow
 from llmtune.model import adapters, infer
 

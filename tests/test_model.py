@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from llmtune.config.sft import ModelConfig
+from llmtune.config.model import ModelConfig
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, MachineError
 from llmtune.model import gguf, load
 from llmtune.model.load import Source

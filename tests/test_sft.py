@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llmtune import artifact, config
 from llmtune.errors import ConfigError, DataError, LlmtuneError, Preempted
 from llmtune.stages import sft
-from llmtune.training import callbacks, checkpoints
+from llmtune.training import callbacks, checkpoints, setup, trainer
 
 ROWS = 16
 
@@ -195,9 +195,9 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_rows_that_the_trainer_lost_are_noticed(run_file, monkeypatch) -> None:
-    prepare = sft.SupervisedTrainer._prepare_dataset
+    prepare = trainer.SupervisedTrainer._prepare_dataset
     monkeypatch.setattr(
-        sft.SupervisedTrainer,
+        trainer.SupervisedTrainer,
         "_prepare_dataset",
         lambda self, dataset, *rest: prepare(self, dataset.select(range(3)), *rest),
     )
@@ -206,7 +206,7 @@ def test_rows_that_the_trainer_lost_are_noticed(run_file, monkeypatch) -> None:
 
 
 def test_a_setting_without_effect_is_named(run_file, monkeypatch) -> None:
-    monkeypatch.setattr(sft.arguments, "to_trl", _deaf_to("weight_decay", sft.arguments.to_trl))
+    monkeypatch.setattr(setup.arguments, "to_trl", _deaf_to("weight_decay", setup.arguments.to_trl))
     with pytest.raises(ConfigError, match=r"train\.weight_decay: has no effect"):
         sft.run(run_file(train__weight_decay=0.1))
 
@@ -235,7 +235,7 @@ def test_peft_names_its_own_problem(run_file) -> None:
 
 
 def test_a_nan_loss_ends_the_run(run_file, monkeypatch) -> None:
-    monkeypatch.setattr(sft.SupervisedTrainer, "compute_loss", lambda self, model, inputs, **_: _nan(model))
+    monkeypatch.setattr(trainer.SupervisedTrainer, "compute_loss", lambda self, model, inputs, **_: _nan(model))
     with pytest.raises(LlmtuneError, match="not a number at step 1"):
         sft.run(run_file())
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from llmtune.config import LocalPath, PathOrHub, Section
-from llmtune.config.sft import ColumnMap
+from llmtune.config.data import ColumnMap
 
 Metric = Literal["loss", "rouge_l", "exact_match", "one_sentence", "answer_tokens", "complied", "refused"]
 GENERATED = {"rouge_l", "exact_match", "one_sentence", "answer_tokens", "complied", "refused"}

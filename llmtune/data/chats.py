@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune import config
-from llmtune.config.sft import ColumnMap
+from llmtune.config.data import ColumnMap
 from llmtune.data.rows import Row, read_rows
 from llmtune.errors import ConfigError, DataError, did_you_mean
 

@@ -21,8 +21,8 @@ from jinja2 import TemplateError
 from llmtune import artifact, config, scores
 from llmtune.artifact import Artifact
 from llmtune.config import Recorded
+from llmtune.config.data import ColumnMap
 from llmtune.config.eval import GENERATED, EvalConfig, SuiteConfig
-from llmtune.config.sft import ColumnMap
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.tokens import encode_chat, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError

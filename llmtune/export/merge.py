@@ -9,7 +9,7 @@ import torch
 
 from llmtune import artifact, config
 from llmtune.artifact import Artifact
-from llmtune.config.sft import ColumnMap
+from llmtune.config.data import ColumnMap
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.tokens import encode_chat, encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, DataError, ProofError

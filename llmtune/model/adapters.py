@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from llmtune.artifact import Artifact
-from llmtune.config.sft import AdapterConfig
+from llmtune.config.train import AdapterConfig
 from llmtune.errors import ArtifactError, ConfigError
 from llmtune.model.load import Source
 

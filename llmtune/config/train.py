@@ -1,0 +1,72 @@
+"""The sections `train` and `adapter`, which every trained stage has: how it is trained, and what of the model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from llmtune.config import Section
+from llmtune.config import peft_methods as peft
+
+
+class EarlyStoppingConfig(Section):
+    patience: PositiveInt = Field(3, description="evaluations without improvement")
+    min_delta: float = Field(0.0, ge=0, description="nats per token that count as an improvement")
+
+
+class TrainConfig(Section):
+    epochs: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = Field(8, description="rows per optimizer step, over all processes")
+    micro_batch_size: PositiveInt = Field(8, description="rows per forward pass of one process")
+    learning_rate: PositiveFloat = 2e-4
+    scheduler: str = Field("linear", description="a name of transformers' schedulers")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    optimizer: str = Field("adamw_torch_fused", description="a name of transformers' optimizers")
+    adapter_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="auto: the base's dtype, but float32 below a learning rate of 1e-4, which bfloat16 rounds away",
+    )
+    activation_checkpointing: bool = False
+    group_by_length: bool = Field(True, description="batches of rows of like length: less padding")
+    seed: int = Field(0, ge=0)
+    log_steps: PositiveInt = 1
+    eval_steps: PositiveInt | None = Field(None, description="validation every so many steps; None: ten times a run")
+    early_stopping: EarlyStoppingConfig | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("train.epochs: set exactly one of 'epochs' and 'max_steps'")
+        if self.batch_size % self.micro_batch_size:
+            size, micro = self.batch_size, self.micro_batch_size
+            below, above = size - size % micro, size + micro - size % micro
+            fix = f"{below} or {above}" if below else f"{above}, or a micro_batch_size that divides {size}"
+            raise ValueError(f"train.batch_size: {size} is not a multiple of micro_batch_size ({micro}); use {fix}")
+        return self
+
+
+class AdapterConfig(Section):
+    """`method` is PEFT's name of the method; every other field is one of PEFT's own, verbatim."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        return peft.known_method(method)
+
+    @model_validator(mode="after")
+    def _fields(self) -> AdapterConfig:
+        peft.check_fields(self.method, self.options)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """PEFT's own fields as the user wrote them."""
+        return dict(self.model_extra or {})

@@ -1,0 +1,59 @@
+"""From the last whole checkpoint to the end, or to a signal; and what the run measured."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import Preempted
+from llmtune.progress import say
+from llmtune.training import checkpoints
+from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal
+from llmtune.training.trainer import SupervisedTrainer
+
+
+def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
+    """Train, from the last whole checkpoint in `folder` where there is one. Returns the run's metrics.
+
+    Raises Preempted after SIGTERM and KeyboardInterrupt after Ctrl-C, each with a checkpoint written.
+    """
+    stop, display = StopOnSignal(), ProgressDisplay()
+    for callback in (SealCheckpoints(), MetricsFile(folder / "metrics.jsonl", trainer), display, stop):
+        trainer.add_callback(callback)
+    resume = checkpoints.last_complete(folder)
+    if resume:
+        say(f"  resuming from {resume.name}")
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        display.close()
+        stop.restore()
+    if stop.received is not None:
+        done = f"stopped at step {trainer.state.global_step}; the same command goes on from there"
+        if stop.received == signal.SIGTERM:
+            raise Preempted(done)
+        say(f"  {done}")
+        raise KeyboardInterrupt
+    return _metrics(trainer, folder)
+
+
+def _metrics(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
+    # from the file, which an interruption does not cut short: the whole run's, not this process's
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    tokens, seconds = sum(line["tokens"] for line in logged), sum(line["seconds"] for line in logged)
+    best = trainer.state.best_model_checkpoint
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "train_loss": sum(line["loss"] for line in logged) / len(logged),
+        "validation_loss": trainer.state.best_metric,
+        "best_step": int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step,
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "peak_memory_gb": round(max(line["memory_gb"] for line in logged), 3),
+        "total_parameters": trainer.model.num_parameters(),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }

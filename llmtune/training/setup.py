@@ -1,0 +1,73 @@
+"""What every trained stage builds before its first step: the model with what is trained of it, and the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from trl import SFTConfig as TrlConfig
+
+from llmtune.config import Recorded
+from llmtune.errors import ConfigError
+from llmtune.model import adapters, infer, load
+from llmtune.training import arguments
+from llmtune.training.rows import Split
+from llmtune.training.trainer import SupervisedTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_model(view: Recorded, base: load.Source, device: str, place: object) -> Any:
+    """The base with what is trained of it: an adapter where the run has one, else every weight.
+
+    Raises ConfigError where the settings do not fit the model.
+    """
+    adapted = view.adapter is not None
+    # full fine-tuning keeps float32 master weights: a bfloat16 weight does not feel a small update
+    weights = load.choose_dtype(view.model.dtype, device) if adapted else "float32"
+    set_seed(view.train.seed)
+    model: Any = load.load_model(base, weights, device, trust_remote_code=view.model.trust_remote_code)
+    limit = infer.context_length(model)
+    if limit and view.data.max_length > limit:
+        raise ConfigError(
+            place, f"data.max_length: {view.data.max_length} is more than the {limit} positions of the model"
+        )
+    if adapted:
+        train = view.train
+        return adapters.build_adapter(model, view.adapter.whole(), train.adapter_dtype, train.learning_rate, train.seed)
+    return model
+
+
+def build_trainer(
+    view: Recorded,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Split,
+    validation: Split | None,
+    folder: Path,
+    device: str,
+    place: object,
+) -> SupervisedTrainer:
+    """The trainer of the run, its checkpoints in `folder`. Raises ConfigError for a name that transformers refuses."""
+    compute = load.choose_dtype(view.model.dtype, device)
+    trainable = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    mixed = compute == "bfloat16" and "torch.float32" in map(str, trainable)
+    words = arguments.to_trl(view, rows=len(train.rows), checkpoints=folder, device=device, mixed_bf16=mixed)
+    stopping = words.pop("early_stopping")
+    try:
+        args = TrlConfig(**words)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(place, f"train: {error}") from None
+    trainer = SupervisedTrainer(
+        model=model,
+        args=args,
+        train_dataset=train.rows,
+        eval_dataset=validation.rows if validation else None,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if stopping:
+        trainer.add_callback(EarlyStoppingCallback(*stopping))
+    return trainer
