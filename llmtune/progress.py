@@ -16,13 +16,15 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """`with Progress("base: answers", 48) as bar: bar.advance(16)`; extra fields are shown as they stand.
+    """`with Progress("base: answers", 48) as bar: bar.advance(16)`; the note is shown as it stands.
 
     In a log it prints a line at most every PLAIN_EVERY_S seconds and one at the end, so that a log stays readable.
+    done: steps of an earlier process, which say nothing about the speed of this one.
     """
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.title, self.total, self.done, self.note = title, total, done, ""
+        self._before = done
         self._began = self._printed = time.monotonic()
         self._rich: Any = None
 
@@ -43,15 +45,15 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._rich.start()
-            self._task = self._rich.add_task(self.title, total=self.total, note="")
+            self._task = self._rich.add_task(self.title, total=self.total, completed=self.done, note="")
         return self
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
+        self.done, self.note = self.done + steps, note
         if self._rich is not None:
             self._rich.update(self._task, completed=self.done, note=note)
         elif time.monotonic() - self._printed >= PLAIN_EVERY_S and self.done < self.total:
-            self._line(note)
+            self._line()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -59,10 +61,18 @@ class Progress:
         if self._rich is not None:
             self._rich.stop()
         elif kind is None:
-            self._line("")
+            self._line()
 
-    def _line(self, note: str) -> None:
+    def _line(self) -> None:
         self._printed = time.monotonic()
-        say(
-            f"  {self.title}: {self.done}/{self.total}, {self._printed - self._began:.0f} s{'  ' + note if note else ''}"
-        )
+        seconds, done = self._printed - self._began, self.done - self._before
+        left = f", {_clock(seconds / done * (self.total - self.done))} left" if done and self.done < self.total else ""
+        say(f"  {self.title}: {self.done}/{self.total}, {_clock(seconds)}{left}{'  ' + self.note if self.note else ''}")
+
+
+def _clock(seconds: float) -> str:
+    """`42 s`, `3:05 min`, `2:07 h`."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02d} min" if whole < 7200 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"

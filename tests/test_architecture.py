@@ -18,10 +18,17 @@ LAYERS = {
     **dict.fromkeys(["config", "artifact", "scores", "stats", "plots"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
-    **dict.fromkeys(["evaluate", "export", "gate", "registry", "report"], 4),
+    **dict.fromkeys(["evaluate", "export", "gate", "registry", "report", "runs"], 4),
     **dict.fromkeys(["cli", "quickstart", "pipeline"], 5),
 }
-HIGHEST_BELOW = {"evaluate": 2, "export": 2, "gate": 1, "registry": 1, "report": 1}  # else the layer below its own
+HIGHEST_BELOW = {
+    "evaluate": 2,
+    "export": 2,
+    "gate": 1,
+    "registry": 1,
+    "report": 1,
+    "runs": 1,
+}  # else the layer below its own
 ALSO = {  # imports within a layer, each for a reason
     "cli": {"quickstart", "pipeline"},
     "training": {"data", "model"},
@@ -43,6 +50,7 @@ LIGHT = [
     "progress",
 ]
 LIGHT += ["gate", "report", "cli", "cli.tune", "cli.judge", "cli.deploy", "cli.project", "quickstart"]
+LIGHT += ["runs", "cli.runs"]
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval", "scipy", "pandas", "matplotlib"]
 
 

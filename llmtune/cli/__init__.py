@@ -181,6 +181,20 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         ],
     ),
     "report": ("judge:report", "one HTML page of a run: verdict, before and after, curves, costs, provenance", [RUN]),
+    "runs": (
+        "runs:runs",
+        "list the runs in a folder, or two of them side by side",
+        [
+            _argument(
+                "folders",
+                nargs="*",
+                metavar="DIR | diff A B",
+                default=[],
+                help="a folder of runs (default: runs), or 'diff' and two runs",
+            ),
+            JSON,
+        ],
+    ),
     "schema": (
         "project:schema",
         "the JSON Schema of a run file, for editors",

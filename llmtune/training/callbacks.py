@@ -26,6 +26,8 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, file: Path, trainer: Any) -> None:
         self.file, self.trainer = file, trainer
+        self.last: dict[str, Any] = {}
+        """The newest line with a training loss."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
@@ -46,7 +48,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
             tokens = self.trainer.seen_tokens - self.tokens
             line |= {"tokens": tokens, "seconds": round(self.seconds, 4), "memory_gb": round(peak_memory_gb(), 3)}
             line["tokens_per_s"] = round(tokens / self.seconds, 1)
-            self.seconds, self.tokens = 0.0, self.trainer.seen_tokens
+            self.seconds, self.tokens, self.last = 0.0, self.trainer.seen_tokens, line
             if line["loss"] != line["loss"]:
                 raise LlmtuneError(
                     f"the loss is not a number at step {state.global_step}; lower train.learning_rate, or set model.dtype to float32"
@@ -57,23 +59,24 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
-    def __init__(self) -> None:
+    """The live bar, or lines in a log: what `metrics` last measured, and validation when there is one."""
+
+    def __init__(self, metrics: MetricsFile) -> None:
         self.bar: Progress | None = None
-        self.note = ""
+        self.metrics = metrics
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = Progress("train", state.max_steps).__enter__()
-        self.bar.advance(state.global_step)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
-        if "loss" in logs:
-            self.note = f"loss {logs['loss']:.3f}  lr {logs['learning_rate']:.1e}"
-        elif "eval_loss" in logs and self.bar:
-            say(f"  step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+        self.bar = Progress("train", state.max_steps, state.global_step).__enter__()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar:
-            self.bar.advance(1, self.note)
+        if self.bar and not control.should_log:  # else on_log follows, with the figures of this very step
+            self.bar.advance(state.global_step - self.bar.done, self.bar.note)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
+        if self.bar and "loss" in logs:
+            self.bar.advance(state.global_step - self.bar.done, note(self.metrics.last))
+        elif self.bar and "eval_loss" in logs:
+            say(f"  step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
@@ -82,6 +85,18 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         if self.bar:
             self.bar.__exit__(None, None, None)
             self.bar = None
+
+
+def note(line: dict[str, Any]) -> str:
+    """A line of the metrics file in words, useful tokens a second and peak memory among them."""
+    forms = {
+        "loss": "loss {:.3f}",
+        "learning_rate": "lr {:.1e}",
+        "grad_norm": "grad norm {:.2f}",
+        "tokens_per_s": "{:,.0f} tokens/s",
+        "memory_gb": "{:.1f} GB",
+    }
+    return "  ".join(form.format(line[key]) for key, form in forms.items() if key in line)
 
 
 class SealCheckpoints(TrainerCallback):  # type: ignore[misc]

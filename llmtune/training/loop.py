@@ -19,8 +19,9 @@ def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
 
     Raises Preempted after SIGTERM and KeyboardInterrupt after Ctrl-C, each with a checkpoint written.
     """
-    stop, display = StopOnSignal(), ProgressDisplay()
-    for callback in (SealCheckpoints(), MetricsFile(folder / "metrics.jsonl", trainer), display, stop):
+    metrics = MetricsFile(folder / "metrics.jsonl", trainer)
+    stop, display = StopOnSignal(), ProgressDisplay(metrics)
+    for callback in (SealCheckpoints(), metrics, display, stop):
         trainer.add_callback(callback)
     resume = checkpoints.last_complete(folder)
     if resume:
