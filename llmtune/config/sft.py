@@ -9,11 +9,14 @@ from pydantic import Field, model_validator
 from llmtune.config import LocalPath, Section
 from llmtune.config.data import DataConfig
 from llmtune.config.model import ModelSection
-from llmtune.config.train import AdapterConfig, TrainConfig
+from llmtune.config.train import AdapterConfig, TrainableConfig, TrainConfig
 
 
 class SftConfig(Section):
-    """One supervised fine-tuning run. With `adapter` its result is an adapter, without it a whole model."""
+    """One supervised fine-tuning run. With `adapter` its result is an adapter, without it a whole model.
+
+    Without an adapter every weight is trained, or with `trainable` those that it names.
+    """
 
     stage: Literal["sft"]
     output_dir: LocalPath = Field(description="the run's folder")
@@ -21,6 +24,7 @@ class SftConfig(Section):
     data: DataConfig
     train: TrainConfig
     adapter: AdapterConfig | None = None
+    trainable: TrainableConfig | None = Field(None, description="without an adapter: train these weights only")
     tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -29,6 +33,11 @@ class SftConfig(Section):
             for key in ("early_stopping", "eval_steps"):
                 if getattr(self.train, key) is not None:
                     raise ValueError(f"train.{key}: needs data.validation, which is not set")
+        if self.adapter is not None and self.trainable is not None:
+            raise ValueError(
+                "trainable: an adapter freezes every weight of the base, so the two exclude each other; remove one of them "
+                "(adapter.modules_to_save trains whole modules beside an adapter)"
+            )
         if self.adapter is None and "adapter_dtype" in self.train.model_fields_set:
             raise ValueError("train.adapter_dtype: has no effect without an adapter; remove it")
         if self.train.adapter_dtype == "bfloat16" and self.model.dtype == "float32":

@@ -1,7 +1,8 @@
-"""The sections `train` and `adapter`, which every trained stage has: how it is trained, and what of the model."""
+"""The sections `train`, `adapter` and `trainable`, which every trained stage has: how it is trained, and what of the model."""
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -70,3 +71,31 @@ class AdapterConfig(Section):
     def options(self) -> dict[str, Any]:
         """PEFT's own fields as the user wrote them."""
         return dict(self.model_extra or {})
+
+
+class TrainableConfig(Section):
+    """Which weights of the base are trained, all that is named together; every other one is frozen."""
+
+    top_blocks: PositiveInt | None = Field(None, description="so many blocks, counted from the output")
+    head: bool = Field(False, description="the language-model head; in a tied model that is the embeddings too")
+    norms: bool = Field(False, description="every normalisation layer")
+    embeddings: bool = Field(False, description="every embedding layer; in a tied model that is the head too")
+    pattern: str | None = Field(None, description="a regular expression that is found in a parameter's name")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _something(self) -> TrainableConfig:
+        if not any((self.top_blocks, self.head, self.norms, self.embeddings, self.pattern)):
+            raise ValueError(
+                "trainable: nothing is named in it, and nothing would be trained; set top_blocks, head, norms, embeddings "
+                "or pattern, or remove the section to train every weight"
+            )
+        return self

@@ -16,7 +16,7 @@ from llmtune.artifact import Artifact
 from llmtune.config import Recorded
 from llmtune.config.sft import SftConfig
 from llmtune.errors import ConfigError, UserError
-from llmtune.model import load
+from llmtune.model import freeze, load
 from llmtune.progress import say
 from llmtune.training import arguments, checkpoints, loop, rows, setup, workspace
 
@@ -24,7 +24,8 @@ from llmtune.training import arguments, checkpoints, loop, rows, setup, workspac
 def run(config: SftConfig, place: object = "config") -> Artifact:
     """Fine-tune `config.model` on `config.data` and write the result to `config.output_dir`.
 
-    Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, `output_dir/model`.
+    Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, a whole model in
+    `output_dir/model`.
     An interrupted run goes on from its last whole checkpoint. Raises ConfigError or DataError before any weight is loaded,
     where it follows from the run file and the rows; what only PEFT or transformers can tell comes after.
     """
@@ -61,16 +62,19 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
                 shutil.rmtree(folder)  # nothing to go on from
             raise
         metrics = loop.train(trainer, folder)
+        remote = view.model.trust_remote_code
+        tuned = trainer.model if config.adapter else freeze.whole(trainer.model, base, trust_remote_code=remote)
         with artifact.writing(target, "adapter" if config.adapter else "model") as draft:
             draft.facts.update(
                 config=config.model_dump(mode="json", exclude_none=True),
-                base={**base.facts(), "dtype": str(trainer.model.dtype).removeprefix("torch.")},
+                base={**base.facts(), "dtype": str(tuned.dtype).removeprefix("torch.")},
                 data=rows.facts(prints, train, validation),
                 template_sha256=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
                 seeds={"seed": view.train.seed},
                 metrics=metrics,
+                **({"trained": freeze.trained(trainer.model)} if config.trainable else {}),
             )
-            trainer.model.save_pretrained(draft.path, safe_serialization=True)
+            tuned.save_pretrained(draft.path, safe_serialization=True)
             tokenizer.save_pretrained(draft.path)
             (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
             lines = (folder / "metrics.jsonl").read_text(encoding="utf-8")

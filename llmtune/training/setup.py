@@ -10,7 +10,7 @@ from trl import SFTConfig as TrlConfig
 
 from llmtune.config import Recorded
 from llmtune.errors import ConfigError
-from llmtune.model import adapters, infer, load
+from llmtune.model import adapters, freeze, infer, load
 from llmtune.training import arguments
 from llmtune.training.rows import Split
 from llmtune.training.trainer import SupervisedTrainer
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def build_model(view: Recorded, base: load.Source, device: str, place: object) -> Any:
-    """The base with what is trained of it: an adapter where the run has one, else every weight.
+    """The base with what is trained of it: an adapter where the run has one, else the weights it names, else every one.
 
     Raises ConfigError where the settings do not fit the model.
     """
-    adapted = view.adapter is not None
-    # full fine-tuning keeps float32 master weights: a bfloat16 weight does not feel a small update
-    weights = load.choose_dtype(view.model.dtype, device) if adapted else "float32"
+    adapted, compute = view.adapter is not None, load.choose_dtype(view.model.dtype, device)
+    # a trained weight of the base is kept in float32: a bfloat16 one does not feel a small update
+    weights, place_of_load = (compute, device) if adapted else ("float32", "cpu")
     set_seed(view.train.seed)
-    model: Any = load.load_model(base, weights, device, trust_remote_code=view.model.trust_remote_code)
+    model: Any = load.load_model(base, weights, place_of_load, trust_remote_code=view.model.trust_remote_code)
     limit = infer.context_length(model)
     if limit and view.data.max_length > limit:
         raise ConfigError(
@@ -37,7 +37,9 @@ def build_model(view: Recorded, base: load.Source, device: str, place: object) -
     if adapted:
         train = view.train
         return adapters.build_adapter(model, view.adapter.whole(), train.adapter_dtype, train.learning_rate, train.seed)
-    return model
+    if view.trainable is not None:
+        freeze.freeze(model, view.trainable.whole(), compute)
+    return model.to(device)
 
 
 def build_trainer(
