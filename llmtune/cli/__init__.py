@@ -22,6 +22,13 @@ SIGTERM after a checkpoint; 130 Ctrl-C (the same command goes on from there)
 """
 
 
+BITSANDBYTES = (
+    ("backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),  # an optional kernel that llmtune does not use
+    ("autograd._functions", "inputs will be cast from"),  # how 8-bit products are computed, said at every one of them
+)
+"""Lines of bitsandbytes 0.50 about itself: the logger, and how the line begins."""
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
@@ -67,10 +74,12 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # TRL 1.16 still reads names that transformers 5.23 deprecates; bitsandbytes tells of an optional package at import
+    # TRL 1.16 still reads names that transformers 5.23 deprecates
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
-    for talkative in ("bitsandbytes", "lm_eval", "accelerate"):
+    for talkative in ("lm_eval", "accelerate"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
+    for name, said in BITSANDBYTES:  # these two lines only: what else it says is worth reading
+        logging.getLogger(f"bitsandbytes.{name}").addFilter(lambda record, said=said: said not in record.msg)
 
 
 def _share_processors() -> None:

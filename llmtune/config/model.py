@@ -16,6 +16,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the hardware has it"
     )
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="weights in 4 bits (QLoRA's NF4) or 8, by bitsandbytes, under an adapter; dtype is that of the arithmetic",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 

@@ -24,6 +24,17 @@ OURS = {
 }
 """Fields that llmtune sets itself: what they say follows from the run."""
 
+# fmt: off
+ON_4_BITS = frozenset({
+    "adalora", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "fourierft", "gralora", "hira", "ia3", "lily",
+    "ln_tuning", "lora", "miss", "oft", "p_tuning", "prefix_tuning", "prompt_tuning", "pvera", "randlora", "road",
+    "shadow", "shira", "trainable_tokens", "vblora", "vera", "waveft",
+})
+# fmt: on
+"""Methods of PEFT 0.21 that train on an NF4 base exactly as on the same base dequantised (tests/test_quantised.py holds it)."""
+ON_8_BITS = ON_4_BITS | {"loha", "lokr"}
+"""The same for an int8 base. Several of the others take the stored integers for weights there and say nothing."""
+
 
 def known_method(name: str) -> str:
     """`name` when PEFT has that method. Raises ValueError naming the nearest one."""
@@ -42,6 +53,16 @@ def check_fields(method: str, fields: dict[str, object]) -> None:
             raise ValueError(
                 f"adapter.{name}: not a field of PEFT's {methods()[method]}{did_you_mean(name, allowed - OURS)}"
             )
+
+
+def check_quantised(method: str, quantised: str) -> None:
+    """Raises ValueError for a method that does not train rightly on a base that is `quantised` ("nf4" or "int8")."""
+    able = ON_8_BITS if quantised == "int8" else ON_4_BITS
+    if method not in able:
+        raise ValueError(
+            f"adapter.method: PEFT's {method} does not train rightly on {quantised} weights, which are not numbers it can read; "
+            f"methods that do: {', '.join(sorted(able))}. Or take the base in full precision"
+        )
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llmtune.config import LocalPath, Section
+from llmtune.config import LocalPath, Section, peft_methods
 from llmtune.config.data import DataConfig
 from llmtune.config.model import ModelSection
 from llmtune.config.train import AdapterConfig, TrainableConfig, TrainConfig
@@ -40,6 +40,13 @@ class SftConfig(Section):
             )
         if self.adapter is None and "adapter_dtype" in self.train.model_fields_set:
             raise ValueError("train.adapter_dtype: has no effect without an adapter; remove it")
+        if self.model.quantize is not None:
+            if self.adapter is None:
+                raise ValueError(
+                    f"model.quantize: {self.model.quantize} weights cannot be trained, no gradient moves them; add an "
+                    "'adapter' section, or remove model.quantize"
+                )
+            peft_methods.check_quantised(self.adapter.method, self.model.quantize)
         if self.train.adapter_dtype == "bfloat16" and self.model.dtype == "float32":
             raise ValueError("train.adapter_dtype: bfloat16 has no effect on a float32 base; remove it")
         if self.data.columns is not None and "format" in self.data.model_fields_set:

@@ -34,8 +34,10 @@ def build_adapter(
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     torch.manual_seed(seed)
+    given = set(model.parameters())
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.method.upper())]
     keep = dtype == "bfloat16" or (dtype == "auto" and learning_rate >= BF16_LEARNING_RATE)
+    keep = keep and model.dtype != torch.float16  # a checkpoint quantised on disk may be: no format to train in
     try:
         config = config_class(task_type="CAUSAL_LM", **adapter.options)
         before = _probe(model)
@@ -48,6 +50,8 @@ def build_adapter(
             }
             reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
         raise ConfigError("adapter", reason) from None
+    if keep:
+        _follow_base(made, given)
     with made.disable_adapter():
         if not torch.equal(before, _probe(made)):
             raise ConfigError(
@@ -67,13 +71,25 @@ def attach(model: PreTrainedModel, base: Source, adapter: Artifact) -> PeftModel
     with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as tensors:
         wide = any(tensors.get_slice(name).get_dtype() == "F32" for name in tensors.keys())  # noqa: SIM118
     before = _probe(model)
+    given = set(model.parameters())
     made = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=wide).eval()
+    if not wide:
+        _follow_base(made, given)
     with made.disable_adapter():
         if not torch.equal(before, _probe(made)):
             raise ArtifactError(
                 f"{adapter.path}: changes the base's own weights, so that it cannot be compared with its base"
             )
     return made
+
+
+def _follow_base(made: PeftModel, given: set[torch.nn.Parameter]) -> None:
+    """Give what PEFT added to the `given` weights the base's dtype where PEFT cannot: an 8-bit layer has none to tell."""
+    if getattr(made.get_base_model(), "is_quantized", False):
+        dtype = next(weight.dtype for weight in given if weight.is_floating_point())
+        for weight in set(made.parameters()) - given:
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
 
 
 def _probe(model: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ import yaml
 
 from llmtune.artifact import sha256_file
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, MachineError
-from llmtune.model import gguf
+from llmtune.model import gguf, quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ class Source:
     words_sha256: str
     """Hash of the tokenizer, the chat template and the model's config."""
     licence: str | None
+    quantize: str | None = None
+    """nf4 or int8: how its weights are quantised when they are loaded."""
 
     def facts(self) -> dict[str, Any]:
         """The `base` entry of a manifest."""
@@ -46,7 +48,14 @@ class Source:
             "sha256": self.sha256,
             "words_sha256": self.words_sha256,
             "licence": self.licence,
+            "quantize": self.quantize,
+            "quantised": self.quantised,
         }
+
+    @property
+    def quantised(self) -> str | None:
+        """How its weights are quantised in memory: as asked for (nf4, int8), or as on disk (gptq, awq, nf4, ...); None: not."""
+        return self.quantize or quantised.kind_on_disk(self.folder)
 
     @property
     def licence_warning(self) -> str | None:
@@ -60,9 +69,10 @@ class Source:
         return None
 
 
-def find(name: str, *, trust_remote_code: bool = False) -> Source:
+def find(name: str, *, quantize: str | None = None, trust_remote_code: bool = False) -> Source:
     """Resolve `org/name@revision`, `./folder`, `./file.gguf` or `package:PKG/file.gguf` to a folder with safetensors.
 
+    quantize: "nf4" or "int8", how `load_model` is to quantise its weights.
     Raises ConfigError for what cannot be found, ArtifactError for pickled weights or a GGUF cut short.
     """
     revision = None
@@ -90,7 +100,7 @@ def find(name: str, *, trust_remote_code: bool = False) -> Source:
         why = f"has only pickled weights ({pickled[0]}), which can run code when read" if pickled else "has no weights"
         raise ArtifactError(f"{folder}: {why}; a folder with .safetensors is needed")
     words = [folder / name for name in WORDS if (folder / name).is_file()]
-    return Source(name, folder, revision, _digest(weights), _digest(words), _licence(folder))
+    return Source(name, folder, revision, _digest(weights), _digest(words), _licence(folder), quantize)
 
 
 def _digest(files: list[Path]) -> str:
@@ -98,9 +108,9 @@ def _digest(files: list[Path]) -> str:
 
 
 def find_again(facts: dict[str, Any]) -> Source:
-    """The base of a finished artifact, at the revision it had then."""
+    """The base of a finished artifact, at the revision it had then, and quantised as it was then."""
     name, revision = str(facts["id"]), facts.get("revision")
-    return find(f"{name}@{revision}" if revision and "@" not in name else name)
+    return find(f"{name}@{revision}" if revision and "@" not in name else name, quantize=facts.get("quantize"))
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -135,18 +145,27 @@ def _generation_stops(folder: Path) -> list[int]:
 def load_model(
     source: Source, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The weights, on the device, in eval mode."""
+    """The weights, on the device, in eval mode; quantised where `source` says so, and then dtype is that of the arithmetic."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    place, kind = choose_device(device), getattr(torch, choose_dtype(dtype, device))
+    how: dict[str, Any] = {}
+    if source.quantised:  # such weights are put in their place as they are read: transformers does not move them later
+        quantised.require_loadable(source, place)
+        how["device_map"] = {"": place}
+    if source.quantize:
+        how["quantization_config"] = quantised.settings(source.quantize, kind)
     with _named(source):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=getattr(torch, choose_dtype(dtype, device)),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+            source.folder, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, **how
         )
-    return model.to(choose_device(device)).eval()
+    if not source.quantised:
+        return model.to(place).eval()
+    if dtype != "auto" and model.dtype != kind:
+        own = str(model.dtype).removeprefix("torch.")
+        raise ConfigError("model", f"dtype: {source.name} is quantised on disk and computes in {own}; set it to auto")
+    return quantised.settled(model).eval()
 
 
 @contextlib.contextmanager

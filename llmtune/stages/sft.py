@@ -16,7 +16,7 @@ from llmtune.artifact import Artifact
 from llmtune.config import Recorded
 from llmtune.config.sft import SftConfig
 from llmtune.errors import ConfigError, UserError
-from llmtune.model import freeze, load
+from llmtune.model import freeze, load, quantised
 from llmtune.progress import say
 from llmtune.training import arguments, checkpoints, loop, rows, setup, workspace
 
@@ -45,7 +45,8 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
     device = load.choose_device(view.model.device)
     with workspace.hold(output, place):
         prints = rows.fingerprints(view.data)
-        base = load.find(view.model.name, trust_remote_code=view.model.trust_remote_code)
+        base = load.find(view.model.name, quantize=view.model.quantize, trust_remote_code=view.model.trust_remote_code)
+        quantised.require_trainable(base, device, view.adapter and view.adapter.method, place)
         if warning := base.licence_warning:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)

@@ -26,7 +26,7 @@ def build_model(view: Recorded, base: load.Source, device: str, place: object) -
     """
     adapted, compute = view.adapter is not None, load.choose_dtype(view.model.dtype, device)
     # a trained weight of the base is kept in float32: a bfloat16 one does not feel a small update
-    weights, place_of_load = (compute, device) if adapted else ("float32", "cpu")
+    weights, place_of_load = (view.model.dtype, device) if adapted else ("float32", "cpu")
     set_seed(view.train.seed)
     model: Any = load.load_model(base, weights, place_of_load, trust_remote_code=view.model.trust_remote_code)
     limit = infer.context_length(model)
@@ -54,6 +54,10 @@ def build_trainer(
 ) -> SupervisedTrainer:
     """The trainer of the run, its checkpoints in `folder`. Raises ConfigError for a name that transformers refuses."""
     compute = load.choose_dtype(view.model.dtype, device)
+    if getattr(
+        model, "is_quantized", False
+    ):  # one that is quantised on disk computes in its own dtype, whatever auto is here
+        compute = str(model.dtype).removeprefix("torch.")
     trainable = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     mixed = compute == "bfloat16" and "torch.float32" in map(str, trainable)
     words = arguments.to_trl(view, rows=len(train.rows), checkpoints=folder, device=device, mixed_bf16=mixed)

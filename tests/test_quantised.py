@@ -1,0 +1,294 @@
+"""Bases in 4 and 8 bits: one arithmetic for training and for answers, an adapter in the dtype that was asked for, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmtune import config
+from llmtune.config import peft_methods
+from llmtune.config.train import AdapterConfig
+from llmtune.errors import ConfigError
+from llmtune.model import adapters, load, quantised
+from llmtune.stages import sft
+from llmtune.training import callbacks
+
+pytest.importorskip("bitsandbytes")
+KINDS = pytest.mark.parametrize("kind", ["nf4", "int8"])
+IDS = torch.arange(5, 60)[None]
+LORA = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
+
+
+def base(folder: Path, kind: str | None, dtype: str = "float32"):
+    return load.load_model(load.find(str(folder), quantize=kind), dtype, "cpu")
+
+
+def adapted(folder: Path, kind: str, dtype: str = "float32", asked: str = "auto"):
+    config = AdapterConfig(**{**LORA, "init_lora_weights": False, "lora_dropout": 0.0})
+    return adapters.build_adapter(base(folder, kind, dtype), config, asked, 1e-3, seed=0)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_folder: Path, chat_rows):
+    """Writes a run file of a small LoRA run on an NF4 base, with what is given on top; returns its loaded config."""
+    chat_rows(tmp_path, 16)
+    rows = [
+        [{"role": "user", "content": f"take {i} from 9"}, {"role": "assistant", "content": str(9 - i)}]
+        for i in range(4)
+    ]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+
+    def write(name: str = "run", model: dict[str, object] | None = None, **train: object) -> config.Section:
+        raw = {
+            "stage": "sft",
+            "model": {"name": str(tiny_folder), "dtype": "bfloat16", "quantize": "nf4", **(model or {})},
+            "data": {"train": "./train.jsonl", "validation": "./validation.jsonl"},
+            "adapter": LORA,
+            "train": {
+                "max_steps": 6,
+                "batch_size": 4,
+                "micro_batch_size": 4,
+                "learning_rate": 1e-2,
+                "eval_steps": 2,
+                **train,
+            },
+            "output_dir": f"./{name}",
+        }
+        return config.build(raw, tmp_path / "sft.yaml")
+
+    return write
+
+
+OPTIONS = {
+    "adalora": {"total_step": 10, "init_r": 4, "target_r": 2},
+    "adaption_prompt": {"adapter_layers": 2, "adapter_len": 4},
+    "c3a": {"block_size": 32},
+    "road": {"group_size": 32},
+    "shira": {"r": 4},
+    "trainable_tokens": {"token_indices": [1, 2, 3]},
+    "vblora": {"vector_length": 32},
+    "waveft": {"n_frequency": 100},
+    **{name: {"num_virtual_tokens": 4} for name in ("cartridge", "p_tuning", "prefix_tuning", "prompt_tuning")},
+}
+
+
+@pytest.mark.parametrize("method", sorted(peft_methods.ON_8_BITS))
+@KINDS
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # PEFT's own, of single methods, which have nothing to do with the base
+def test_a_method_trains_on_a_quantised_base_as_on_the_same_base_dequantised(tiny_folder, kind, method) -> None:
+    if kind == "nf4" and method not in peft_methods.ON_4_BITS:
+        with pytest.raises(ValueError, match=f"PEFT's {method} does not train rightly on nf4 weights.*lora"):
+            peft_methods.check_quantised(method, kind)
+        return
+    curves = []
+    for plain in (True, False):
+        model = base(tiny_folder, kind)
+        model = quantised.dequantised(model, torch.float32) if plain else model
+        fields = AdapterConfig(method=method, **OPTIONS.get(method, {}))
+        model = adapters.build_adapter(model, fields, "float32", 1e-2, seed=0).train()
+        optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+        curve = []
+        for _ in range(4):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+@KINDS
+def test_a_pass_in_eval_mode_changes_nothing_of_training(tiny_folder, kind) -> None:
+    """bitsandbytes on a CPU would lay 4-bit weights out anew at the first answer, and no gradient would pass them again."""
+    gradients = []
+    for answers_first in (False, True):
+        model = adapted(tiny_folder, kind)
+        if answers_first:
+            with torch.no_grad():
+                model.eval()(input_ids=IDS)
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_a_4_bit_base_trains_and_answers_by_one_arithmetic(tiny_folder) -> None:
+    model = base(tiny_folder, "nf4")
+    with torch.no_grad():
+        answered = model.eval()(input_ids=IDS).logits
+        assert torch.equal(model.train()(input_ids=IDS).logits, answered)
+
+
+@KINDS
+def test_without_its_adapter_the_model_is_the_quantised_base(tiny_folder, kind) -> None:
+    model = adapted(tiny_folder, kind).eval()
+    with torch.no_grad():
+        with model.disable_adapter():
+            off = model(input_ids=IDS).logits
+        fresh = base(tiny_folder, kind)(input_ids=IDS).logits
+        assert torch.equal(off, fresh)
+        assert not torch.equal(fresh, base(tiny_folder, None)(input_ids=IDS).logits)
+        assert not torch.equal(fresh, model(input_ids=IDS).logits)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("asked", "rate", "kept"),
+    [
+        ("auto", 1e-2, "bfloat16"),
+        ("auto", 1e-5, "float32"),
+        ("float32", 1e-2, "float32"),
+        ("bfloat16", 1e-5, "bfloat16"),
+    ],
+)
+def test_the_adapter_has_the_dtype_that_was_asked_for_from_the_first_step_to_the_file(
+    run_file, kind, asked, rate, kept
+):
+    made = sft.run(
+        run_file(model={"quantize": kind}, adapter_dtype=asked, learning_rate=rate, max_steps=1, eval_steps=1)
+    )
+    assert {str(tensor.dtype) for tensor in load_file(made.path / "adapter_model.safetensors").values()} == {
+        f"torch.{kept}"
+    }
+    source = load.find_again(made.manifest["base"])
+    model = adapters.attach(load.load_model(source, "bfloat16", "cpu"), source, made)
+    again = {str(weight.dtype) for name, weight in model.named_parameters() if "lora_" in name}
+    assert again == {f"torch.{kept}"}
+
+
+def test_training_on_4_bits_lowers_the_loss_and_the_manifest_says_4_bits(run_file) -> None:
+    made = sft.run(run_file(max_steps=20, eval_steps=20))
+    losses = [
+        line["loss"]
+        for line in map(json.loads, (made.path / "metrics.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert made.manifest["base"]["quantize"] == made.manifest["base"]["quantised"] == "nf4"
+    assert load.find_again(made.manifest["base"]).quantize == "nf4"
+
+
+def test_activation_checkpointing_changes_memory_and_not_the_result(run_file) -> None:
+    plain, saving = (sft.run(run_file(f"run-{on}", activation_checkpointing=on)) for on in (False, True))
+    before, after = (load_file(made.path / "adapter_model.safetensors") for made in (plain, saving))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resumed_on_4_bits_equals_uninterrupted_to_the_bit(run_file, monkeypatch) -> None:
+    whole = sft.run(run_file("whole"))
+
+    def interrupt(self, args, state, control, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.ProgressDisplay, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(run_file("cut"))
+    resumed = sft.run(run_file("cut"))
+    before, after = (load_file(made.path / "adapter_model.safetensors") for made in (whole, resumed))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@KINDS
+def test_the_dequantised_base_is_the_quantised_one(tiny_folder, kind) -> None:
+    """NF4 exactly, even after an answer. 8 bits: the product itself rounds its inputs, so the logits are near and not equal."""
+    model = base(tiny_folder, kind)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        plain = quantised.dequantised(model, torch.float32)
+        after = plain(input_ids=IDS).logits
+    assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert torch.equal(before, after) if kind == "nf4" else (before - after).abs().max() < 0.2
+
+
+def test_what_cannot_be_trained_is_refused_before_weights_load(run_file, tmp_path, tiny_folder, monkeypatch) -> None:
+    raw = run_file().model_dump(exclude_unset=True) | {"adapter": None}
+    with pytest.raises(ConfigError, match=r"model\.quantize: nf4 weights cannot be trained.*add an 'adapter' section"):
+        config.build(raw, tmp_path / "sft.yaml")
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed; pip install 'llmtune\[quantised\]'"):
+        quantised.require_loadable(load.find(str(tiny_folder), quantize="nf4"), "cpu")
+    with pytest.raises(ConfigError, match=r"PEFT's hra does not train rightly on nf4 weights.*lora"):
+        config.build(run_file().model_dump(exclude_unset=True) | {"adapter": {"method": "hra"}}, tmp_path / "sft.yaml")
+
+
+@pytest.fixture(scope="module")
+def nf4_folder(tmp_path_factory, tiny_folder) -> Path:
+    """A checkpoint whose weights lie in NF4 on disk, as one finds them on the hub."""
+    folder = tmp_path_factory.mktemp("nf4") / "base"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    base(tiny_folder, "nf4", "bfloat16").save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_that_is_quantised_already_trains_as_it_is(run_file, nf4_folder, tiny_folder, tmp_path) -> None:
+    with torch.no_grad():
+        here, there = (
+            base(folder, kind, "bfloat16")(input_ids=IDS).logits
+            for folder, kind in ((nf4_folder, None), (tiny_folder, "nf4"))
+        )
+    assert torch.equal(here, there)
+    raw = run_file().model_dump(exclude_unset=True)
+    raw["model"] = {"name": str(nf4_folder), "dtype": "bfloat16"}
+    made = sft.run(config.build(raw, tmp_path / "sft.yaml"))
+    assert made.manifest["base"]["quantised"] == "nf4" and made.manifest["base"]["quantize"] is None
+    source = load.find_again(made.manifest["base"])
+    adapters.attach(load.load_model(source, "bfloat16", "cpu"), source, made)
+    with pytest.raises(ConfigError, match=r"dtype: .* is quantised on disk and computes in bfloat16; set it to auto"):
+        load.load_model(source, "float32", "cpu")
+
+
+def test_what_a_quantised_checkpoint_cannot_do_is_said_before_weights_load(run_file, nf4_folder, tmp_path) -> None:
+    raw = run_file().model_dump(exclude_unset=True)
+    for changes, problem in (
+        (
+            {"model": {"name": str(nf4_folder), "quantize": "nf4"}},
+            r"model\.quantize: .* is quantised already \(nf4\); remove",
+        ),
+        (
+            {"model": {"name": str(nf4_folder)}, "adapter": None},
+            r"is quantised \(nf4\), and a quantised weight cannot be trained",
+        ),
+        (
+            {"model": {"name": str(nf4_folder)}, "adapter": {"method": "hra"}},
+            "PEFT's hra does not train rightly on nf4",
+        ),
+    ):
+        if changes.get("adapter", ...) is None:
+            changes["train"] = {"max_steps": 1}
+        with pytest.raises(ConfigError, match=problem):
+            sft.run(config.build(raw | changes, tmp_path / "sft.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "package"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "gptqmodel"),
+        ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+        ({"quant_method": "new"}, "Unknown quantization type"),
+    ],
+)
+def test_a_checkpoint_whose_package_is_missing_names_it(tiny_folder, tmp_path, stated, package) -> None:
+    for name in ("optimum", "gptqmodel", "hqq"):
+        if importlib.util.find_spec(name):
+            pytest.skip(f"{name} is installed here")
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    facts = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(facts | {"quantization_config": stated}))
+    source = load.find(str(tmp_path / "base"))
+    with pytest.raises(ConfigError, match=rf"(?i)is quantised \({stated['quant_method']}\): .*{package}"):
+        load.load_model(source, "float32", "cpu")
