@@ -34,6 +34,8 @@ def test_a_folder_is_found_with_its_facts(tiny_folder):
         "sha256": source.sha256,
         "words_sha256": source.words_sha256,
         "licence": "apache-2.0",
+        "quantize": None,
+        "quantised": None,
     }
     assert len(source.sha256) == 64
     assert source.licence_warning is None

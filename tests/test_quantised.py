@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from llmtune import config
+from llmtune import cli, config
 from llmtune.config import peft_methods
 from llmtune.config.train import AdapterConfig
+from llmtune.data.tokens import encode_chat
 from llmtune.errors import ConfigError
-from llmtune.model import adapters, load, quantised
+from llmtune.evaluate import arms
+from llmtune.model import adapters, infer, load, quantised
 from llmtune.stages import sft
 from llmtune.training import callbacks
 
@@ -292,3 +297,42 @@ def test_a_checkpoint_whose_package_is_missing_names_it(tiny_folder, tmp_path, s
     source = load.find(str(tmp_path / "base"))
     with pytest.raises(ConfigError, match=rf"(?i)is quantised \({stated['quant_method']}\): .*{package}"):
         load.load_model(source, "float32", "cpu")
+
+
+def test_an_evaluation_compares_with_the_quantised_base(run_file, tiny_folder, tmp_path) -> None:
+    made = sft.run(run_file())
+    (tmp_path / "items.jsonl").write_text(
+        "".join(json.dumps({"id": str(i), "prompt": f"say {i}", "answer": f"it is {i}"}) + "\n" for i in range(4))
+    )
+    suite = {"suite": "own", "description": "d", "licence": "own", "items": "./items.jsonl", "metrics": ["loss"]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite | {"gate": {"loss": {"margin": 0.1}}}))
+    settings = {"stage": "eval", "run": str(made.path.parent), "suites": ["./suite.yaml"]}
+    measured = arms.run(config.build(settings, tmp_path / "eval.yaml"), tmp_path / "eval.yaml")
+    records = [json.loads(line) for line in (measured.path / "scores.jsonl").read_text().splitlines()]
+    tokenizer = load.load_tokenizer(load.find(str(tiny_folder)))
+    rows = [
+        encode_chat(
+            tokenizer, [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]
+        )
+        for i in range(4)
+    ]
+    expected = infer.token_losses(base(tiny_folder, "nf4", "bfloat16"), rows, tokenizer.pad_token_id)
+    assert [record["value"] for record in records if record["arm"] == "base"] == expected
+
+
+def test_a_quantised_weight_that_is_to_be_saved_whole_is_refused(run_file, tmp_path) -> None:
+    raw = run_file().model_dump(exclude_unset=True)
+    raw["adapter"] = {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}
+    with pytest.raises(ConfigError, match="gradient of quantised weights"):
+        sft.run(config.build(raw, tmp_path / "sft.yaml"))
+
+
+def test_only_what_bitsandbytes_says_about_itself_is_kept_from_the_user(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with warnings.catch_warnings():
+        cli._quiet()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+    logger.warning("your weights are on fire")
+    logging.getLogger("bitsandbytes.autograd._functions").warning("MatMul8bitLt: inputs will be cast from %s", "x")
+    assert caplog.messages == ["your weights are on fire"]

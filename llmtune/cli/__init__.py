@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,11 @@ def _quiet() -> None:
     for talkative in ("lm_eval", "accelerate"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     for name, said in BITSANDBYTES:  # these two lines only: what else it says is worth reading
-        logging.getLogger(f"bitsandbytes.{name}").addFilter(lambda record, said=said: said not in record.msg)
+        logging.getLogger(f"bitsandbytes.{name}").addFilter(_all_but(said))
+
+
+def _all_but(said: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: said not in str(record.msg)
 
 
 def _share_processors() -> None:

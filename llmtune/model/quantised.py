@@ -81,6 +81,18 @@ def require_loadable(base: Source, device: str, place: object = "model") -> None
             raise MachineError(f"model: {base.name} is quantised ({base.quantised}): {error}") from None
 
 
+def works_here() -> str:
+    """The values that `model.quantize` can take on this machine, in words."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return f"none; {EXTRA}"
+    import torch
+    from transformers.integrations import validate_bnb_backend_availability
+
+    if not validate_bnb_backend_availability():
+        return "none: bitsandbytes has no kernels for this machine"
+    return f"nf4, int8 (bitsandbytes, on {'a GPU' if torch.cuda.is_available() else 'the CPU, slowly'})"
+
+
 def settings(quantize: str, dtype: Any) -> BitsAndBytesConfig:
     """What transformers gives to bitsandbytes. nf4 is that of QLoRA: 4 bits with doubly quantised scales; dtype: of its arithmetic."""
     from transformers import BitsAndBytesConfig
