@@ -79,3 +79,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+def ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the message a command ends with; None for an error that nobody foresaw."""
+    if isinstance(error, LlmtuneError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED_EXIT, "interrupted; the same command goes on from where it was"
+    if isinstance(error, MemoryError | RuntimeError) and (
+        isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    ):
+        return (
+            1,
+            "out of memory; lower micro_batch_size or max_length, or set train.activation_checkpointing to true",
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return 1, f"{error.filename or 'the machine'}: {error.strerror}"
+    return None

@@ -7,11 +7,15 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from llmtune import ranks
+
 PLAIN_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
-    """One line for the user."""
+    """One line for the user; of several processes the first speaks for all."""
+    if ranks.rank() > 0:
+        return
     print(text, file=sys.stderr, flush=True)
 
 
@@ -29,7 +33,7 @@ class Progress:
         self._rich: Any = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and ranks.rank() == 0:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "llmtune"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    **dict.fromkeys(["errors", "progress"], 0),
+    **dict.fromkeys(["errors", "ranks", "progress"], 0),
     **dict.fromkeys(["config", "artifact", "scores", "stats", "plots"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
@@ -31,6 +31,8 @@ HIGHEST_BELOW = {
 }  # else the layer below its own
 ALSO = {  # imports within a layer, each for a reason
     "cli": {"quickstart", "pipeline"},
+    "ranks": {"errors"},
+    "progress": {"ranks"},  # of several processes one speaks
     "training": {"data", "model"},
     "model": {"data"},  # token rows are what a forward pass is measured on
 }
@@ -47,9 +49,10 @@ LIGHT = [
     "stats",
     "plots",
     "errors",
+    "ranks",
     "progress",
 ]
-LIGHT += ["gate", "report", "cli", "cli.tune", "cli.judge", "cli.deploy", "cli.project", "quickstart"]
+LIGHT += ["gate", "report", "cli", "cli.tune", "cli.launch", "cli.judge", "cli.deploy", "cli.project", "quickstart"]
 LIGHT += ["runs", "cli.runs"]
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval", "scipy", "pandas", "matplotlib"]
 

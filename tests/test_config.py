@@ -85,7 +85,7 @@ def test_a_valid_file(load):
         ("train: {max_steps: 2, epochs: 1}", "exactly one of 'epochs' and 'max_steps'"),
         ("train: {batch_size: 8}", "exactly one of 'epochs' and 'max_steps'"),
         ("train: {epochs: 1, batch_size: 6, micro_batch_size: 4}", "6 is not a multiple of micro_batch_size (4); use 4 or 8"),
-        ("train: {epochs: 1, batch_size: 2, micro_batch_size: 4}", "use 4, or a micro_batch_size that divides 2"),
+        ("train: {epochs: 1, batch_size: 2, micro_batch_size: 4}", "use 4, or a micro_batch_size of 2"),
         ("train: {epochs: 1, early_stopping: {patience: 2}}", "train.early_stopping: needs data.validation, which is not set"),
         ("train: {epochs: 1, eval_steps: 2}", "train.eval_steps: needs data.validation, which is not set"),
         ("train: {epochs: 1, adapter_dtype: float32}", "train.adapter_dtype: has no effect without an adapter; remove it"),

@@ -9,13 +9,14 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtune import __version__
-from llmtune.errors import INTERRUPTED_EXIT, LlmtuneError
+from llmtune import __version__, ranks
+from llmtune.errors import LlmtuneError, ending
 
 EPILOG = """\
 exit codes: 0 done; 1 failed; 2 the config, the data or a path is wrong; 3 gate FAIL; 4 gate INCONCLUSIVE; 75 stopped by
@@ -46,27 +47,35 @@ def main(argv: list[str] | None = None) -> int:
     module, function = arguments.run.split(":")
     if function in COMPUTING:
         _share_processors()
+    if ranks.world_size() == 1:
+        return _run(f"{module}:{function}", arguments)
+    try:
+        code = _run(f"{module}:{function}", arguments)
+    except BaseException:  # nothing may leave by another door: Python's own way out hangs while processes are connected
+        traceback.print_exc()
+        code = 1
+    ranks.leave(code)
+    return code
+
+
+def _run(target: str, arguments: argparse.Namespace) -> int:
+    module, function = target.split(":")
     try:
         code = getattr(importlib.import_module(module), function)(arguments)
         return int(code or 0)
-    except LlmtuneError as error:
-        if arguments.debug:
-            raise
-        print(f"llmtune: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if arguments.debug:
-            raise
-        print("llmtune: interrupted; the same command goes on from where it was", file=sys.stderr)
-        return INTERRUPTED_EXIT
+    except ranks.ToldElsewhere as told:
+        return told.code
     except BrokenPipeError:  # the reader of our output has gone, as in `llmtune schema sft | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, OSError, RuntimeError) as error:
-        if arguments.debug or not (message := _machine_failure(error)):
+    except (LlmtuneError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+        known = ending(error)
+        if arguments.debug or known is None:
             raise
-        print(f"llmtune: {message}", file=sys.stderr)
-        return 1
+        code, message = known
+        if ranks.rank() == 0 or hasattr(error, "told"):
+            print(f"llmtune: {message}", file=sys.stderr)
+        return code
 
 
 def _quiet() -> None:
@@ -77,6 +86,10 @@ def _quiet() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # TRL 1.16 still reads names that transformers 5.23 deprecates
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
+    if ranks.world_size() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on what it cannot know
+    if ranks.rank() > 0:
+        warnings.simplefilter("ignore")  # the first process says it for all
     for talkative in ("lm_eval", "accelerate"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     for name, said in BITSANDBYTES:  # these two lines only: what else it says is worth reading
@@ -103,16 +116,6 @@ def _share_processors() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _machine_failure(error: BaseException) -> str | None:
-    """A sentence for what the machine, not the code, ran out of."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "out of memory; lower micro_batch_size or max_length, or set train.activation_checkpointing to true"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'the machine'}: {error.strerror}"
-    return None
-
-
 def _argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, settings
 
@@ -120,6 +123,9 @@ def _argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, 
 CONFIG = _argument("config", type=Path, metavar="CONFIG", help="a run file (YAML)")
 OVERRIDES = _argument(
     "overrides", nargs="*", metavar="key.sub=value", default=[], help="settings that replace those of the file"
+)
+PROCESSES = _argument(
+    "--processes", type=_positive, metavar="N", help="train in N processes on this machine: one a GPU, or on the CPU"
 )
 COMPUTING = {"quickstart", "sft", "evaluate", "merge", "chat"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
@@ -146,7 +152,11 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         ],
     ),
     "data check": ("tune:data_check", "read and encode every row, and name the bad ones", [CONFIG, OVERRIDES, JSON]),
-    "sft": ("tune:sft", "fine-tune on chats: LoRA, any other PEFT method, or the whole model", [CONFIG, OVERRIDES]),
+    "sft": (
+        "tune:sft",
+        "fine-tune on chats: LoRA, any other PEFT method, or the whole model",
+        [CONFIG, OVERRIDES, PROCESSES],
+    ),
     "eval": ("judge:evaluate", "base and tuned on the same items, in one process", [CONFIG, OVERRIDES]),
     "gate": (
         "judge:gate",

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from llmtune import config
+from llmtune import config, ranks
+from llmtune.config.train import require_divisible
 from llmtune.progress import say
 
 
 def sft(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides, "sft")
-    from llmtune.stages import sft as stage
+    output = Path(settings.output_dir)
+    if arguments.processes and arguments.processes > 1:
+        require_divisible(settings.train, arguments.processes, arguments.config)
+        from llmtune.cli import launch
 
-    made = stage.run(settings, arguments.config)
+        words = ["sft", str(arguments.config), *arguments.overrides]
+        return launch.run(arguments.processes, words + ["--debug"] * arguments.debug, output)
+    with ranks.telling(output):
+        from llmtune.stages import sft as stage
+
+        made = stage.run(settings, arguments.config)
+    if ranks.rank() > 0:
+        return 0
     metrics = made.manifest["metrics"]
     loss = metrics["validation_loss"]
     say(
@@ -41,7 +53,7 @@ def data_check(arguments: argparse.Namespace) -> int:
             continue
         counts, data = Counts(), settings.data
         chats = load_chats(sources, data.format, data.columns, training=True)
-        for _ in encode_chats(chats, tokenizer, data.max_length, data.overlong, counts, data.train_on):
+        for _ in encode_chats(chats, tokenizer, data.max_length, data.overlong, counts):
             pass
         table[split] = counts.facts()
     if arguments.json:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_valida
 
 from llmtune.config import Section
 from llmtune.config import peft_methods as peft
+from llmtune.errors import ConfigError
 
 
 class EarlyStoppingConfig(Section):
@@ -42,12 +43,26 @@ class TrainConfig(Section):
     def _rules(self) -> TrainConfig:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("train.epochs: set exactly one of 'epochs' and 'max_steps'")
-        if self.batch_size % self.micro_batch_size:
-            size, micro = self.batch_size, self.micro_batch_size
-            below, above = size - size % micro, size + micro - size % micro
-            fix = f"{below} or {above}" if below else f"{above}, or a micro_batch_size that divides {size}"
-            raise ValueError(f"train.batch_size: {size} is not a multiple of micro_batch_size ({micro}); use {fix}")
+        _require_divisible(self, 1)
         return self
+
+
+def require_divisible(train: TrainConfig, processes: int, place: object) -> None:
+    """Raise ConfigError where `processes` processes cannot share a batch evenly."""
+    try:
+        _require_divisible(train, processes)
+    except ValueError as error:
+        raise ConfigError(place, str(error)) from None
+
+
+def _require_divisible(train: TrainConfig, processes: int) -> None:
+    size, unit = train.batch_size, train.micro_batch_size * processes
+    if size % unit:
+        of = f"micro_batch_size ({train.micro_batch_size})" + (f" x {processes} processes" if processes > 1 else "")
+        fits = [n for n in range(1, train.micro_batch_size) if size % (n * processes) == 0]
+        smaller = f", or a micro_batch_size of {fits[-1]}" if fits else ""
+        sizes = f"{size - size % unit} or {size - size % unit + unit}" if size > unit else str(unit)
+        raise ValueError(f"train.batch_size: {size} is not a multiple of {of}; use {sizes}{smaller}")
 
 
 class AdapterConfig(Section):

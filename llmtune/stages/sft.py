@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: `llmtune sft CONFIG`, or `accelerate launch -m llmtune sft CONFIG`, in one process.
+"""Supervised fine-tuning: `llmtune sft CONFIG`, with `--processes N` or under `accelerate launch -m`, in one process or several.
 
 One run, top to bottom: data, base model, adapter, trainer, train, artifact.
 """
@@ -10,15 +10,18 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from llmtune import artifact, plots
+from llmtune import artifact, plots, ranks
 from llmtune.artifact import Artifact
 from llmtune.config import Recorded
 from llmtune.config.sft import SftConfig
+from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
 from llmtune.model import freeze, load, quantised
 from llmtune.progress import say
-from llmtune.training import arguments, checkpoints, loop, rows, setup, workspace
+from llmtune.training import checkpoints, group, loop, rows, setup, workspace
+from llmtune.training.trainer import SupervisedTrainer
 
 
 def run(config: SftConfig, place: object = "config") -> Artifact:
@@ -28,6 +31,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
     `output_dir/model`.
     An interrupted run goes on from its last whole checkpoint. Raises ConfigError or DataError before any weight is loaded,
     where it follows from the run file and the rows; what only PEFT or transformers can tell comes after.
+    Of several processes the first writes the artifact, and each returns it.
     """
     view = Recorded(config)
     assert view.stage == "sft"
@@ -38,7 +42,8 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         raise ConfigError(
             place, f"output_dir: {target} is finished already; choose another output_dir, or move it away"
         )
-    arguments.check_processes(view, place)
+    require_divisible(config.train, ranks.world_size(), place)
+    group.check(view, place)
     for tracker in view.tracking:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
@@ -51,36 +56,55 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
         folder = output / "checkpoints"
-        checkpoints.claim(folder, checkpoints.identity(config.model_dump(mode="json"), prints, base.facts()), place)
         try:
-            train, validation = rows.encode_splits(view.data, tokenizer, folder, place)
+            with workspace.prepared(output) as first:
+                if first:
+                    identity = checkpoints.identity(config.model_dump(mode="json"), prints, base.facts())
+                    checkpoints.claim(folder, identity, place)
+                    train, validation = rows.encode_splits(view.data, tokenizer, folder, place)
+                else:
+                    train, validation = rows.read_splits(view.data, folder)
+            group.join(device)
             model = setup.build_model(view, base, device, place)
             trainer = setup.build_trainer(view, model, tokenizer, train, validation, folder, device, place)
-            rows.assert_nothing_lost(trainer.train_dataset, train.counts)
+            rows.assert_nothing_lost(trainer.train_dataset, train.counts, trainer.blanks)
             view.require_all_read(place)
         except UserError:
             if not checkpoints.last_complete(folder):
-                shutil.rmtree(folder)  # nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
             raise
         metrics = loop.train(trainer, folder)
-        remote = view.model.trust_remote_code
-        tuned = trainer.model if config.adapter else freeze.whole(trainer.model, base, trust_remote_code=remote)
-        with artifact.writing(target, "adapter" if config.adapter else "model") as draft:
-            draft.facts.update(
-                config=config.model_dump(mode="json", exclude_none=True),
-                base={**base.facts(), "dtype": str(tuned.dtype).removeprefix("torch.")},
-                data=rows.facts(prints, train, validation),
-                template_sha256=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-                seeds={"seed": view.train.seed},
-                metrics=metrics,
-                **({"trained": freeze.trained(trainer.model)} if config.trainable else {}),
-            )
-            tuned.save_pretrained(draft.path, safe_serialization=True)
-            tokenizer.save_pretrained(draft.path)
-            (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-            (draft.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
-            svg = plots.curves_svg([json.loads(line) for line in lines.splitlines()])
-            (draft.path / "curves.svg").write_text(svg, encoding="utf-8")
-    shutil.rmtree(folder)
+        facts = {
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "base": base.facts(),
+            "data": rows.facts(prints, train, validation),
+            "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+            "seeds": {"seed": view.train.seed},
+            "processes": ranks.world_size(),
+            "metrics": metrics,
+        }
+        made = group.from_first(lambda: _write(target, config, trainer, base, facts))
+    if ranks.local_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=ranks.world_size() > 1)  # two machines may share it
+    return made
+
+
+def _write(
+    target: Path, config: SftConfig, trainer: SupervisedTrainer, base: load.Source, facts: dict[str, Any]
+) -> Artifact:
+    tuned = trainer.model
+    if not config.adapter:
+        tuned = freeze.whole(tuned, base, trust_remote_code=config.model.trust_remote_code)
+    with artifact.writing(target, "adapter" if config.adapter else "model") as draft:
+        draft.facts.update(facts)
+        draft.facts["base"]["dtype"] = str(tuned.dtype).removeprefix("torch.")
+        if config.trainable:
+            draft.facts["trained"] = freeze.trained(trainer.model)
+        tuned.save_pretrained(draft.path, safe_serialization=True)
+        trainer.processing_class.save_pretrained(draft.path)
+        (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        lines = Path(trainer.args.output_dir, "metrics.jsonl").read_text(encoding="utf-8")
+        (draft.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        svg = plots.curves_svg([json.loads(line) for line in lines.splitlines()])
+        (draft.path / "curves.svg").write_text(svg, encoding="utf-8")
     return artifact.read(target)

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from llmtune.config import Recorded
-from llmtune.errors import ConfigError
 
 EVALUATIONS, CHECKPOINTS = 10, 4
 """About so many validations a run, unless train.eval_steps says otherwise; without validation, so many checkpoints."""
-
-
-def world_size() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_processes(config: Recorded, place: object) -> None:
-    """Raise ConfigError for a launch this version cannot train correctly: several processes, or several GPUs in one."""
-    import torch
-
-    if world_size() > 1:
-        raise ConfigError(place, f"{world_size()} processes were launched, and this version trains in one; launch one")
-    if config.model.device != "cpu" and torch.cuda.device_count() > 1:
-        seen = torch.cuda.device_count()
-        raise ConfigError(place, f"torch sees {seen} GPUs, and this version trains on one; set CUDA_VISIBLE_DEVICES=0")
 
 
 def total_steps(config: Recorded, rows: int) -> int:
@@ -38,7 +20,9 @@ def total_steps(config: Recorded, rows: int) -> int:
     return math.ceil(batches * float(config.train.epochs))
 
 
-def to_trl(config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed_bf16: bool) -> dict[str, Any]:
+def to_trl(
+    config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed_bf16: bool, processes: int = 1
+) -> dict[str, Any]:
     """Keyword arguments of trl.SFTConfig. Pure: it looks at nothing but its arguments.
 
     mixed_bf16: trainable weights are float32 and the arithmetic bfloat16 (autocast); off when weights are bfloat16 already.
@@ -54,7 +38,7 @@ def to_trl(config: Recorded, *, rows: int, checkpoints: Path, device: str, mixed
         "max_steps": train.max_steps if train.max_steps is not None else -1,
         "per_device_train_batch_size": train.micro_batch_size,
         "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * processes),
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.scheduler,
         "warmup_steps": train.warmup_steps,

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llmtune.errors import LlmtuneError
 from llmtune.progress import Progress, say
-from llmtune.training import checkpoints
+from llmtune.training import checkpoints, group
 
 NAMES = {"eval_loss": "validation_loss"}
 KEPT = ("epoch", "loss", "learning_rate", "grad_norm", "validation_loss", "mean_token_accuracy")
@@ -30,9 +30,10 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         """The newest line with a training loss."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.seconds, self.tokens = 0.0, self.trainer.seen_tokens
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -45,15 +46,16 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         found = {NAMES.get(key, key): value for key, value in logs.items()}
         line = {"step": state.global_step, **{key: found[key] for key in KEPT if key in found}}
         if "loss" in line:
-            tokens = self.trainer.seen_tokens - self.tokens
-            line |= {"tokens": tokens, "seconds": round(self.seconds, 4), "memory_gb": round(peak_memory_gb(), 3)}
+            tokens = int(group.total([self.trainer.seen_tokens - self.tokens])[0])
+            memory = group.largest(peak_memory_gb())
+            line |= {"tokens": tokens, "seconds": round(self.seconds, 4), "memory_gb": round(memory, 3)}
             line["tokens_per_s"] = round(tokens / self.seconds, 1)
             self.seconds, self.tokens, self.last = 0.0, self.trainer.seen_tokens, line
             if line["loss"] != line["loss"]:
                 raise LlmtuneError(
                     f"the loss is not a number at step {state.global_step}; lower train.learning_rate, or set model.dtype to float32"
                 )
-        if len(line) > 2:
+        if len(line) > 2 and state.is_world_process_zero:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
@@ -101,8 +103,10 @@ def note(line: dict[str, Any]) -> str:
 
 class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        group.wait()  # each process writes the state of its own random numbers
         if state.is_world_process_zero:
             checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        group.wait()
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
@@ -117,7 +121,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.received is not None:
+        if received := group.largest(self.received or 0):  # whichever process was signalled, all stop at this step
+            self.received = int(received)
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

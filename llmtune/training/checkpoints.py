@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llmtune import ranks
 from llmtune.artifact import sha256_file, write_atomically
 from llmtune.errors import ConfigError
 
@@ -61,6 +62,7 @@ def identity(config: dict[str, Any], rows: dict[str, str], base: dict[str, Any])
     """What must be equal for a resumed run to equal an uninterrupted one."""
     return {
         **{key: value for key, value in config.items() if key not in {"output_dir", "tracking"}},
+        "processes": ranks.world_size(),
         "rows": rows,
         "base": base,
     }

@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import Preempted
+from llmtune.errors import LlmtuneError, Preempted
 from llmtune.progress import say
-from llmtune.training import checkpoints
+from llmtune.training import checkpoints, group
 from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal
 from llmtune.training.trainer import SupervisedTrainer
 
@@ -23,7 +23,7 @@ def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
     stop, display = StopOnSignal(), ProgressDisplay(metrics)
     for callback in (SealCheckpoints(), metrics, display, stop):
         trainer.add_callback(callback)
-    resume = checkpoints.last_complete(folder)
+    resume = _common(checkpoints.last_complete(folder))
     if resume:
         say(f"  resuming from {resume.name}")
     try:
@@ -37,7 +37,18 @@ def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
             raise Preempted(done)
         say(f"  {done}")
         raise KeyboardInterrupt
-    return _metrics(trainer, folder)
+    return group.from_first(lambda: _metrics(trainer, folder))
+
+
+def _common(found: Path | None) -> Path | None:
+    """The checkpoint that every process found whole. Raises LlmtuneError where they lie on different machines."""
+    name = group.from_first(lambda: found.name if found else None)
+    if group.largest(name != (found.name if found else None)):
+        raise LlmtuneError(
+            f"the first process resumes from {name}, and another machine has not that checkpoint: to resume on several "
+            "machines, output_dir must be a folder that they share; or remove it on each to start anew"
+        )
+    return found
 
 
 def _metrics(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:

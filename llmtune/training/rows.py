@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import pyarrow.compute as pc
 
+from llmtune.artifact import write_atomically
 from llmtune.config import Recorded
 from llmtune.data.chats import load_chats
 from llmtune.data.rows import fingerprint
@@ -19,6 +22,8 @@ from llmtune.progress import say
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+ACCOUNT = "rows.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,34 @@ def fingerprints(data: Recorded) -> dict[str, str]:
 def encode_splits(
     data: Recorded, tokenizer: PreTrainedTokenizerBase, folder: Path, place: object
 ) -> tuple[Split, Split | None]:
-    """Train and validation rows, as Arrow files in `folder`. Raises DataError for bad rows, ConfigError for shared ones."""
+    """Train and validation rows, as Arrow files in `folder`, where `read_splits` finds them.
+
+    Raises DataError for bad rows, ConfigError for shared ones.
+    """
+    train, validation = _encode_splits(data, tokenizer, folder, place)
+    account = {
+        name: {"file": split.rows.cache_files[0]["filename"], **dataclasses.asdict(split.counts), "keys": []}
+        for name, split in (("train", train), ("validation", validation))
+        if split is not None
+    }
+    write_atomically(folder / ACCOUNT, json.dumps(account))
+    return train, validation
+
+
+def read_splits(data: Recorded, folder: Path) -> tuple[Split, Split | None]:
+    """What another process of this run encoded into `folder`, from the same settings."""
+    data.whole()
+    splits = {}
+    for name, entry in json.loads((folder / ACCOUNT).read_text(encoding="utf-8")).items():
+        rows, keys = datasets.Dataset.from_file(entry.pop("file")), set(entry.pop("keys"))
+        splits[name] = Split(rows, Counts(**entry, keys=keys))
+        _say(name, splits[name].counts)
+    return splits["train"], splits.get("validation")
+
+
+def _encode_splits(
+    data: Recorded, tokenizer: PreTrainedTokenizerBase, folder: Path, place: object
+) -> tuple[Split, Split | None]:
     train = _encode(data, "train", tokenizer, folder)
     if data.validation is None:
         return train, None
@@ -55,22 +87,39 @@ def _encode(data: Recorded, name: str, tokenizer: PreTrainedTokenizerBase, folde
     counts = Counts()
     columns = data.columns.whole() if data.columns is not None else None
     chats = load_chats(getattr(data, name), data.format, columns, training=True)
-    rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts, data.train_on)
+    rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts)
     dataset = write_dataset(rows, folder / f"{name}.arrow")
+    _say(name, counts)
+    return Split(dataset, counts)
+
+
+def _say(name: str, counts: Counts) -> None:
     lost = "".join(f", {number} {what}" for what in ("dropped", "truncated") if (number := getattr(counts, what)))
     say(
         f"  {name}: {counts.rows} rows, {counts.tokens:,} tokens, {counts.supervised_tokens:,} of them supervised{lost}"
     )
-    return Split(dataset, counts)
 
 
-def assert_nothing_lost(dataset: Dataset, counts: Counts) -> None:
-    """What TRL is about to train on is what we gave it: as many rows, as many supervised tokens."""
+def evened(rows: Dataset, multiple: int) -> Dataset:
+    """`rows`, and after them as many blank ones, without loss, as make their number a multiple.
+
+    Processes take turns at batches; where the last ones are missing, accelerate would train on the first rows again.
+    """
+    if not (missing := -len(rows) % multiple):
+        return rows
+    known: dict[str, Any] = {"labels": [IGNORED], "seq_lengths": [1], "length": 1}
+    blank = {name: known.get(name, value[:1] if isinstance(value, list) else value) for name, value in rows[0].items()}
+    blanks = datasets.Dataset.from_list([blank] * missing, features=rows.features)
+    return datasets.concatenate_datasets([rows, blanks])
+
+
+def assert_nothing_lost(dataset: Dataset, counts: Counts, blanks: int = 0) -> None:
+    """What TRL is about to train on is what we gave it: as many rows (and blank ones), as many supervised tokens."""
     labels = pc.list_flatten(dataset.data.column("labels"))
     supervised = pc.sum(pc.not_equal(labels, IGNORED)).as_py()
-    if (len(dataset), supervised) != (counts.rows, counts.supervised_tokens):
+    if (len(dataset) - blanks, supervised) != (counts.rows, counts.supervised_tokens):
         raise LlmtuneError(
-            f"TRL holds {len(dataset)} rows with {supervised} supervised tokens, and was given {counts.rows} rows with "
+            f"TRL holds {len(dataset) - blanks} rows with {supervised} supervised tokens, and was given {counts.rows} rows with "
             f"{counts.supervised_tokens}: this version of TRL changes rows; install the one in constraints.txt"
         )
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from trl import SFTConfig as TrlConfig
 
+from llmtune import ranks
 from llmtune.config import Recorded
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model import adapters, freeze, infer, load
-from llmtune.training import arguments
+from llmtune.training import arguments, rows
 from llmtune.training.rows import Split
 from llmtune.training.trainer import SupervisedTrainer
 
@@ -60,17 +61,32 @@ def build_trainer(
         compute = str(model.dtype).removeprefix("torch.")
     trainable = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     mixed = compute == "bfloat16" and "torch.float32" in map(str, trainable)
-    words = arguments.to_trl(view, rows=len(train.rows), checkpoints=folder, device=device, mixed_bf16=mixed)
+    words = arguments.to_trl(
+        view,
+        rows=len(train.rows),
+        checkpoints=folder,
+        device=device,
+        mixed_bf16=mixed,
+        processes=ranks.world_size(),
+    )
     stopping = words.pop("early_stopping")
     try:
         args = TrlConfig(**words)
     except (ValueError, ImportError) as error:
         raise ConfigError(place, f"train: {error}") from None
+    if args.world_size != ranks.world_size():
+        raise LlmtuneError(
+            f"{ranks.world_size()} processes were launched, and transformers trains in {args.world_size}: "
+            "each would train alone; use 'llmtune sft CONFIG --processes N', or torchrun"
+        )
+    unit = args.per_device_train_batch_size * args.world_size if args.world_size > 1 else 1
+    evened = rows.evened(train.rows, unit)
     trainer = SupervisedTrainer(
         model=model,
         args=args,
-        train_dataset=train.rows,
-        eval_dataset=validation.rows if validation else None,
+        train_dataset=evened,
+        blanks=len(evened) - len(train.rows),
+        eval_dataset=rows.evened(validation.rows, unit) if validation else None,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from llmtune.data.tokens import IGNORED
 from llmtune.errors import LlmtuneError
 from llmtune.model.infer import supervised_logits
+from llmtune.training import group
 
 
 class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -36,12 +37,17 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     seen_tokens = 0
     """Tokens trained on so far in this process, padding not counted."""
 
+    def __init__(self, *arguments: Any, blanks: int = 0, **settings: Any) -> None:
+        self.blanks = blanks
+        """How many rows at the end of the training rows are there only to make their number even."""
+        super().__init__(*arguments, **settings)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         assert not return_outputs, "validation asks for the loss only"
         if self.model.training:
-            self.seen_tokens += int(inputs["attention_mask"].sum())
+            self.seen_tokens += int(inputs["attention_mask"][(inputs["labels"] != IGNORED).any(dim=1)].sum())
         if self.accelerator.device.type == "cuda":
             fused: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self._count_validation(fused, int((inputs["labels"][:, 1:] != IGNORED).sum()))
@@ -50,6 +56,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         logits, targets = supervised_logits(model, {k: v for k, v in inputs.items() if k != "labels"}, labels)
         total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss *= self.accelerator.num_processes  # gradients are averaged over them, and the count is of all
         self._count_validation(loss, targets.numel())
         return loss
 
@@ -62,15 +70,17 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         """As transformers', but the loss is the mean over tokens, whatever the batches: theirs is a mean of batch means."""
         self.validated = [0.0, 0.0]
         output = super().evaluation_loop(*arguments, **settings)
-        output.metrics["eval_loss"] = self.validated[0] / self.validated[1]
+        loss, tokens = group.total(self.validated)
+        output.metrics["eval_loss"] = loss / tokens
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthBuckets(rows["length"][:], batch, self.args.data_seed)
+        real = len(rows) - self.blanks
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        lengths = rows["length"][:real] if grouped else [0] * real
+        return LengthBuckets(lengths, batch, self.args.data_seed, self.blanks)
 
     def _send_telemetry(self) -> None:
         """No run of ours reports anything to anyone."""
@@ -85,16 +95,20 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class LengthBuckets(Sampler[int]):  # type: ignore[misc]
-    """Batches of rows of like length, in random order, drawn anew each epoch from `seed` and the epoch alone."""
+    """Batches of rows of like length, in random order, drawn anew each epoch from `seed` and the epoch alone.
+
+    `batch_size` is that of an optimizer step over all processes: the same rows meet in a step, however many there are.
+    With equal lengths the rows are in any order. `blanks` rows follow them, always last.
+    """
 
     MEGABATCH = 50
     """Batches that are sorted together: enough for little padding, few enough for varied batches."""
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, blanks: int = 0) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch, self.blanks = lengths, batch_size, seed, 0, blanks
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.blanks
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -111,6 +125,7 @@ class LengthBuckets(Sampler[int]):  # type: ignore[misc]
         for n in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[n]
         yield from order[whole:]
+        yield from range(len(order), len(self))
 
 
 def _restore_adapter(model: Any, checkpoint: Path) -> bool:

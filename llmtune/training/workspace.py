@@ -1,16 +1,26 @@
-"""A run's own folder while it trains: held by one run at a time, TensorBoard's files in it, a full disk explained."""
+"""A run's own folder while it trains: held by one run at a time, TensorBoard's files in it, a full disk explained.
+
+Several processes of one run share the folder, or have one each on machines that share no disk. The first of them in a
+folder holds it, and the first that comes to prepare prepares for all of them there: no process waits for the network.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llmtune.artifact import out_of_space_explained
-from llmtune.errors import ConfigError
+from llmtune import ranks
+from llmtune.artifact import out_of_space_explained, write_atomically
+from llmtune.errors import ConfigError, LlmtuneError
+
+LOCK, TURN, LAUNCH = ".llmtune.lock", ".llmtune.turn", ".llmtune.launch"
+"""Held while a run lasts; held by one process after another while they prepare; which launch is here, and how far it is."""
+BEGUN, PREPARED, FAILED = "begun", "prepared", "failed"
 
 
 @contextlib.contextmanager
@@ -21,24 +31,69 @@ def hold(output: Path, place: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def prepared(output: Path) -> Iterator[bool]:
+    """Yields whether this process is the first here, and so has to prepare what the others will find done.
+
+    The others wait, and raise LlmtuneError when the first failed.
+    """
+    if ranks.world_size() == 1:
+        yield True
+        return
+    with FileLock(output / TURN):
+        state = _state(output)
+        if state == FAILED:
+            raise LlmtuneError("another process of this run failed; its message tells why")
+        try:
+            yield state != PREPARED
+        except BaseException as error:  # the others must not try what failed here; it is told before they learn of it
+            _note(output, FAILED)
+            ranks.tell(output, error)
+            raise
+        _note(output, PREPARED)
+
+
+@contextlib.contextmanager
 def _alone(output: Path, place: object) -> Iterator[None]:
     if output.exists() and not output.is_dir():
         raise ConfigError(place, f"output_dir: {output} is a file, and a folder is needed")
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".llmtune.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            place, f"output_dir: another run is writing into {output}; wait for it, or choose another"
-        ) from None
+    lock, several = FileLock(output / LOCK, timeout=0), ranks.world_size() > 1
+    with FileLock(output / TURN) if several else contextlib.nullcontext():
+        try:
+            lock.acquire()
+            if several:
+                _note(output, BEGUN)
+        except Timeout:
+            if not several or _state(output) is None:
+                raise ConfigError(
+                    place, f"output_dir: another run is writing into {output}; wait for it, or choose another"
+                ) from None
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        lock.release()
-        (output / ".llmtune.lock").unlink(missing_ok=True)
+        if lock.is_locked:
+            if several and failed:
+                _note(output, FAILED)
+            lock.release()
+            for name in (LOCK,) if several and failed else (LOCK, TURN, LAUNCH):
+                (output / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             output.rmdir()  # when nothing came of it
+
+
+def _note(output: Path, state: str) -> None:
+    write_atomically(output / LAUNCH, json.dumps({"launch": ranks.launch(), "state": state}))
+
+
+def _state(output: Path) -> str | None:
+    """How far the processes of this launch are here; None when those in this folder are of another run."""
+    try:
+        found = json.loads((output / LAUNCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(found["state"]) if found.get("launch") == ranks.launch() else None
 
 
 @contextlib.contextmanager

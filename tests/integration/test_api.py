@@ -1,10 +1,7 @@
-"""Under `accelerate launch`, and through the ten lines of docs/api.md: the same run as by the command."""
+"""Through the ten lines of docs/api.md: the same run as by the command."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,22 +33,3 @@ def test_the_lines_of_the_api_page_run(run_files, monkeypatch, capsys):
     exec(block, names)
     assert capsys.readouterr().out.startswith("PASS ")
     assert names["page"].read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-@pytest.mark.slow
-def test_accelerate_launches_one_process(run_files):
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "llmtune", "sft", "sft.yaml"]
-    done = subprocess.run(
-        words, check=False, cwd=run_files, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    assert (run_files / "run" / "adapter" / "llmtune.json").is_file()
-
-
-def test_several_processes_are_refused_before_anything_is_written(run_files, monkeypatch):
-    from llmtune.cli import main
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["sft", str(run_files / "sft.yaml")]) == 2
-    assert not (run_files / "run").exists()
