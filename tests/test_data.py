@@ -127,14 +127,13 @@ def turns(*given) -> dict:
         (turns(QUESTION, {"role": "assistant", "content": 4}), "turn 2: its text is int, not a string"),
         (turns(QUESTION, {"role": "assistant", "content": None}), "turn 2: its text is NoneType, not a string"),
         (turns(QUESTION, {"role": "assistant", "content": [{"text": "4"}]}), "turn 2: its text is list, not a string"),
-        (turns(QUESTION, {**ANSWER, "tool_calls": [{"name": "add"}]}), "turn 2: 'tool_calls' is not supported, and would be lost"),
+        (turns(QUESTION, {**ANSWER, "refusal": "no"}), "turn 2: 'refusal' is not supported on a turn of the assistant, and would be lost"),
+        (turns({**QUESTION, "name": "Eve"}, ANSWER), "turn 1: 'name' is not supported on a turn of the user, and would be lost"),
         (turns(QUESTION, {"role": "assistant"}), "turn 2 lacks 'role' or 'content'"),
         (turns(QUESTION, "4"), "turn 2 lacks 'role' or 'content'"),
         ({"messages": "2 and 2?"}, "'messages' is not a list of turns"),
         ({"prompt": "2 and 2?", "completion": "4"}, "'messages' is not a list of turns"),
-        pytest.param(
-            turns(QUESTION, {**ANSWER, "weight": 0}, *PAIR), "turn 2: 'weight' is not supported, and would be lost",
-        ),
+        (turns({**QUESTION, "weight": 0}, ANSWER), "turn 1: 'weight' is not supported on a turn of the user, and would be lost"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named(tmp_path, row, problem):

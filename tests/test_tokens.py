@@ -9,7 +9,16 @@ from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.rows import Row
-from llmtune.data.tokens import IGNORED, Counts, TokenRow, encode_chat, encode_chats, encode_prompt, write_dataset
+from llmtune.data.tokens import (
+    IGNORED,
+    Counts,
+    TokenRow,
+    encode_answer,
+    encode_chat,
+    encode_chats,
+    encode_prompt,
+    write_dataset,
+)
 from llmtune.errors import DataError
 
 END = tiny.END
@@ -107,6 +116,33 @@ def test_the_prompt_is_what_the_row_begins_with(words):
     assert words.decode(row.labels[len(prompt) : -1]) == f"d{END}"
 
 
+def test_only_the_last_answer_where_that_is_asked_for(words):
+    row = encode_chat(words, [user("a?"), says("A."), user("b?"), says("B.")], train_on="last")
+    assert row == pieces(
+        words,
+        (
+            "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("B.<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+def test_a_turn_weighs_what_it_says(words):
+    turns = [user("a?"), says("A", weight=0.5), user("b?"), says("B", weight=0), user("c?"), says("C", weight=2)]
+    row = encode_chat(words, turns)
+    supervised = [
+        (words.decode(label), weight) for label, weight in zip(row.labels, row.weights, strict=True) if label != IGNORED
+    ]
+    assert supervised == [("A", 0.5), (END, 0.5), ("C", 2.0), (END, 2.0)]
+    assert {weight for weight, label in zip(row.weights, row.labels, strict=True) if label == IGNORED} == {0.0}
+    assert encode_chat(words, [user("a?"), says("A", weight=1), user("b?"), says("B", weight=0)]).weights is None
+    with pytest.raises(ValueError, match="none of its answers is trained: they have weight 0"):
+        encode_chat(words, [user("a?"), says("A"), user("b?"), says("B", weight=0)], train_on="last")
+    assert encode_answer(words, turns[:4]).supervised == 2  # a model is scored on it all the same
+
+
 # ---- what cannot be proven is refused
 
 
@@ -141,7 +177,7 @@ def test_a_control_token_that_no_role_names():
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
             r"does not end the assistant's turn with '<\|im_end\|>', so the model would not learn to stop",
         ),
-        (tiny.CHATML.replace("{{ message.content }}", "{{ message.content | upper }}"), "does not end the assistant's turn"),
+        (tiny.CHATML.replace("{{ message.content }}", "{{ message.content | upper }}"), "drops or changes what the turn says"),
     ],
     ids=["rewrites all", "rewrites answers", "no end", "changes the answer"],
 )  # fmt: skip
@@ -239,9 +275,9 @@ def test_a_row_that_cannot_be_encoded_is_named():
     with pytest.raises(DataError, match=r"rows.jsonl:7: its text holds the control token"):
         encode([chat("q", "a", 6), chat("q", f"a{END}", 7)])
     picky = "{% if messages | length > 0 %}{{ raise_exception('only even days') }}{% endif %}" + tiny.CHATML
-    with pytest.raises(DataError, match=r"rows.jsonl:1: only even days"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses it: only even days"):
         encode([chat("q", "a")], template=picky)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: 'nothing' is undefined"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses it: 'nothing' is undefined"):
         encode([chat("q", "a")], template="{{ nothing.at.all }}" + tiny.CHATML)
 
 
@@ -259,6 +295,14 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert len(dataset) == 1202
     for n in (0, 1, 999, 1000, 1201):
         assert dataset[n] == {"input_ids": rows[n].input_ids, "labels": rows[n].labels, "length": n + 1}
+
+
+def test_weights_are_a_column_where_some_row_has_them(tmp_path):
+    plain, weighted = TokenRow([1, 2, 3], [IGNORED, 2, 3]), TokenRow([4, 5], [IGNORED, 5], [0.0, 0.5])
+    assert "weights" not in write_dataset(iter([plain, plain]), tmp_path / "plain.arrow").column_names
+    dataset = write_dataset(iter([plain, weighted]), tmp_path / "weighted.arrow")
+    assert dataset["weights"][:] == [[0.0, 1.0, 1.0], [0.0, 0.5]]
+    assert weighted.cut(1) == TokenRow([4], [IGNORED], [0.0])
 
 
 def test_rows_of_an_older_file_are_never_served(tmp_path):

@@ -53,7 +53,7 @@ def data_check(arguments: argparse.Namespace) -> int:
             continue
         counts, data = Counts(), settings.data
         chats = load_chats(sources, data.format, data.columns, training=True)
-        for _ in encode_chats(chats, tokenizer, data.max_length, data.overlong, counts):
+        for _ in encode_chats(chats, tokenizer, data.max_length, data.overlong, counts, data.train_on):
             pass
         table[split] = counts.facts()
     if arguments.json:

@@ -15,10 +15,11 @@ class ColumnMap(Section):
     conversation: str | None = Field(None, description="column that holds the list of turns")
     role: str = Field("role", description="key of a turn's speaker")
     content: str = Field("content", description="key of a turn's text")
-    roles: dict[str, Literal["system", "user", "assistant"]] = Field(
-        default_factory=dict, description="speaker -> role"
+    roles: dict[str, Literal["system", "user", "assistant", "tool", "tool_call"]] = Field(
+        default_factory=dict, description="speaker -> role; tool_call: an assistant's turn whose text is a call in JSON"
     )
     system: str | None = Field(None, description="column of the system prompt")
+    tools: str | None = Field(None, description="column of the tools, a list of JSON schemas or its JSON text")
     user: list[str] = Field(default_factory=list, description="columns joined by a blank line into the user's turn")
     assistant: str | None = Field(None, description="column of the answer")
 
@@ -38,5 +39,6 @@ class DataConfig(Section):
         "auto", description="auto, or a file of data_templates/: messages, sharegpt, alpaca, prompt_completion"
     )
     columns: ColumnMap | None = Field(None, description="instead of format, for rows of your own shape")
+    train_on: Literal["all", "last"] = Field("all", description="every answer of a chat, or its last one")
     max_length: PositiveInt = Field(1024, description="tokens")
     overlong: Literal["error", "truncate", "drop"] = Field("error", description="rows longer than max_length")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmtune import config
 from llmtune.config.data import ColumnMap
+from llmtune.data import turns as shapes
 from llmtune.data.rows import Row, read_rows
 from llmtune.errors import ConfigError, DataError, did_you_mean
 
@@ -17,10 +19,11 @@ MOST_PROBLEMS = 1000
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation. A turn is {"role", "content"}; `cut_off` on an answer says that it was not taught to end."""
+    """One conversation: its turns, as `data.turns` makes them, and the tools that the assistant may call."""
 
     turns: list[dict[str, Any]]
     row: Row
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def prompt(self) -> list[dict[str, Any]]:
@@ -54,13 +57,16 @@ def load_chats(
             if training and row.fields.get("sealed"):
                 raise DataError(row.place, "is sealed: it belongs to a test split, which training must not see")
             turns, found = _turns(row.fields, column_map, answers)
-            found = found or _check(turns, answers)
+            tools, wrong = shapes.read_tools(row.fields.get(column_map.tools)) if column_map.tools else (None, [])
+            found = found + wrong or shapes.check(turns, answers)
+            if Path(source).suffix.lower() not in (".json", ".jsonl"):
+                found = found or shapes.check_no_null(turns, tools)
             if found:
                 problems += [f"{row.place}: {problem}" for problem in found]
                 if len(problems) >= MOST_PROBLEMS:
                     break
             elif not problems:
-                yield Chat(turns, row)
+                yield Chat(turns, row, tools)
     if problems:
         raise DataError(sources if isinstance(sources, str) else ", ".join(sources), problems)
 
@@ -105,41 +111,8 @@ def _turns(fields: dict[str, Any], columns: ColumnMap, answers: bool) -> tuple[l
     if not isinstance(conversation, list):
         return turns, [f"'{columns.conversation}' is not a list of turns"]
     problems = []
-    for number, turn in enumerate(conversation, 1):
-        if not isinstance(turn, dict) or columns.role not in turn or columns.content not in turn:
-            problems.append(f"turn {number} lacks '{columns.role}' or '{columns.content}'")
-            continue
-        if unread := {key for key, value in turn.items() if value not in (None, "", [], {})} - {
-            columns.role,
-            columns.content,
-            "cut_off",
-        }:
-            problems.append(f"turn {number}: '{min(unread)}' is not supported, and would be lost")
-        role = columns.roles.get(str(turn[columns.role]), str(turn[columns.role]))
-        turns.append(
-            {"role": role, "content": turn[columns.content], **({"cut_off": True} if turn.get("cut_off") else {})}
-        )
+    for number, raw in enumerate(conversation, 1):
+        turn, wrong = shapes.read_turn(raw, columns)
+        problems += [f"turn {number}{problem}" for problem in wrong]
+        turns += [turn] if turn else []
     return turns, problems
-
-
-def _check(turns: list[dict[str, Any]], answers: bool) -> list[str]:
-    """What makes these turns no chat to learn from."""
-    problems = []
-    expected = "user"
-    for number, turn in enumerate(turns, 1):
-        role, content = turn["role"], turn["content"]
-        if role == "system" and number == 1:
-            pass
-        elif role not in ("user", "assistant"):
-            problems.append(f"turn {number}: unknown role {role!r}")
-        elif role != expected:
-            problems.append(f"turn {number} is the {role}'s, and the {expected}'s is due")
-        else:
-            expected = "assistant" if role == "user" else "user"
-        if not isinstance(content, str):
-            problems.append(f"turn {number}: its text is {type(content).__name__}, not a string")
-        elif not content.strip():
-            problems.append("has no answer" if role == "assistant" else f"turn {number} is empty")
-    if answers and not problems and (not turns or turns[-1]["role"] != "assistant"):
-        problems.append("has no answer")
-    return problems

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError
-
+from llmtune.data import masks, template
 from llmtune.data.chats import Chat
+from llmtune.data.masks import TrainOn
+from llmtune.data.template import ChatTemplate, Turns
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,14 +24,22 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TokenRow:
-    """input_ids and labels, each of shape (tokens,); a label is IGNORED where no loss is taken."""
+    """input_ids and labels, each of shape (tokens,); a label is IGNORED where no loss is taken.
+
+    weights: of shape (tokens,), what each token's loss is multiplied by; None where every supervised token weighs 1.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
 
     @property
     def supervised(self) -> int:
         return sum(label != IGNORED for label in self.labels)
+
+    def cut(self, length: int) -> TokenRow:
+        """Its first `length` tokens."""
+        return TokenRow(self.input_ids[:length], self.labels[:length], self.weights and self.weights[:length])
 
 
 @dataclass
@@ -52,59 +62,69 @@ class Counts:
         return {**facts, "median_tokens": int(statistics.median(ordered)), "longest_tokens": ordered[-1]}
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> TokenRow:
-    """Token ids of the whole chat, labelled on every assistant turn from its first token to its end-of-turn token.
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Turns | None = None, train_on: TrainOn = "all"
+) -> TokenRow:
+    """Token ids of the whole chat, labelled on each answer from its first token to its end-of-turn token.
 
-    An answer's place is what the chat template adds to the prompt that is sent when the model is served, and its tokens are
-    those that follow that prompt's. Raises ValueError with the reason when that cannot be proven for this template and row.
+    An answer's tokens are those that follow the prompt that is sent when the model is served. A turn's `weight` is that of
+    its tokens; with 0 it is only read. Raises ValueError with the reason when the place of an answer cannot be proven for
+    this template and row.
     """
-    refuse_control_tokens(tokenizer, turns)
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    refuse_control_tokens(tokenizer, turns, tools)
+    chat_template = template.of(tokenizer)
+    text, answers = masks.render(chat_template, turns, tools, train_on)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, labels = list(encoded["input_ids"]), [IGNORED] * len(encoded["input_ids"])
-    for index, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            end = _end_of_answer(tokenizer, turns, index, text)
-            prompt = encode_prompt(tokenizer, turns[:index])
-            if ids[: len(prompt)] != prompt:
-                raise ValueError(
-                    "its answer begins with characters that merge with the chat template; strip white space from it"
-                )
-            for n in range(len(prompt), len(ids)):
-                if encoded["offset_mapping"][n][0] < end:
-                    labels[n] = ids[n]
-    return TokenRow(ids, labels)
+    ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
+    marked = _marked(chat_template, turns, tools, ids)
+    labels, weights = [IGNORED] * len(ids), [0.0] * len(ids)
+    for answer, turn in answers:
+        prompt = tokenizer(answer.prompt, add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt)] != prompt:
+            raise ValueError(
+                "its answer begins with characters that merge with the chat template; strip white space from it"
+            )
+        end = len(answer.prompt + answer.said)
+        said = [n for n in range(len(prompt), len(ids)) if starts[n] < end and marked[n]]
+        stop = next((n for n in range(len(prompt), len(ids)) if starts[n] >= end), len(ids) - 1)
+        if not said:
+            raise ValueError("the generation marks of this chat template leave an answer out")
+        if ids[stop] != tokenizer.convert_tokens_to_ids(answer.stop):
+            raise ValueError(f"the tokenizer does not read the end of an answer, {answer.stop!r}, as that token")
+        for n in said if turn.get("cut_off") else [*said, stop]:
+            labels[n], weights[n] = ids[n], float(turn.get("weight", 1))
+    return TokenRow(ids, labels, weights if set(weights) - {0.0, 1.0} else None)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> list[int]:
+def encode_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Turns | None = None) -> TokenRow:
+    """Token ids of the whole chat, labelled on its last answer alone, whatever it weighs: what a model is scored on."""
+    plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    return encode_chat(tokenizer, plain, tools, "last")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Turns | None = None) -> list[int]:
     """Token ids of the prompt exactly as served: the turns and the opening of the assistant's."""
-    refuse_control_tokens(tokenizer, turns)
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    refuse_control_tokens(tokenizer, turns, tools)
+    text = template.of(tokenizer).write(turns, tools, prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]) -> None:
-    """Raise ValueError where a turn's text holds a control token: it would become the token, not its letters."""
-    known = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
-    for turn in turns:
-        if control := next((token for token in sorted(known) if token in turn["content"]), None):
+def refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Turns | None = None) -> None:
+    """Raise ValueError where a text of the row holds a control token: it would become the token, not its letters."""
+    known = sorted(template.of(tokenizer).control)
+    for text in template.strings([turns, tools or []]):
+        if control := next((token for token in known if token in text), None):
             raise ValueError(f"its text holds the control token {control!r}, which the model would obey; remove it")
 
 
-def _end_of_answer(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], index: int, text: str) -> int:
-    """Where answer `index` ends in `text`, in characters, its end-of-turn token included."""
-    before = str(tokenizer.apply_chat_template(turns[:index], tokenize=False, add_generation_prompt=True))
-    through = str(tokenizer.apply_chat_template(turns[: index + 1], tokenize=False))
-    if not (text.startswith(before) and text.startswith(through)):
-        raise ValueError(
-            "this chat template writes a turn differently once others follow, so its loss mask cannot be proven"
-        )
-    said, stop = through[len(before) :].rstrip(), str(tokenizer.eos_token)
-    if not said.endswith(stop) or turns[index]["content"].strip() not in said:
-        raise ValueError(
-            f"this chat template does not end the assistant's turn with {stop!r}, so the model would not learn to stop"
-        )
-    return len(before) + len(said) - (len(stop) if turns[index].get("cut_off") else 0)
+def _marked(chat_template: ChatTemplate, turns: Turns, tools: Turns | None, ids: list[int]) -> list[bool]:
+    """Where the template's own generation marks allow loss: they narrow what is trained and never widen it."""
+    if not chat_template.has_marks:
+        return [True] * len(ids)
+    found = chat_template.marked(turns, tools)
+    if found["input_ids"] != ids:
+        raise ValueError(masks.UNPROVEN)
+    return [bool(mark) for mark in found["assistant_masks"]]
 
 
 def encode_chats(
@@ -113,13 +133,14 @@ def encode_chats(
     max_length: int,
     overlong: Literal["error", "truncate", "drop"],
     counts: Counts,
+    train_on: TrainOn = "all",
 ) -> Iterator[TokenRow]:
     """Encode every chat and count it. Raises one DataError that names every row that cannot be trained on."""
     problems = []
     for chat in chats:
         try:
-            row = encode_chat(tokenizer, chat.turns)
-        except (ValueError, TypeError, TemplateError) as error:
+            row = encode_chat(tokenizer, chat.turns, chat.tools, train_on)
+        except ValueError as error:
             problems.append(f"{chat.row.place}: {error}")
             continue
         if len(row.input_ids) > max_length:
@@ -132,7 +153,7 @@ def encode_chats(
                     "raise it, or set data.overlong to 'truncate' or 'drop'"
                 )
                 continue
-            row = TokenRow(row.input_ids[:max_length], row.labels[:max_length])
+            row = row.cut(max_length)
             counts.truncated += 1
         if row.supervised == 0:
             problems.append(f"{chat.row.place}: no token of its answer is left after truncation to {max_length} tokens")
@@ -156,21 +177,29 @@ def encode_chats(
 def write_dataset(rows: Iterator[TokenRow], file: Path) -> Dataset:
     """Stream token rows into an Arrow file and map it: memory stays bounded whatever the number of rows.
 
-    Our own file and not `Dataset.from_generator`, whose cache is keyed by the generator's arguments and so serves old rows
-    when a file changes under the same name.
+    The dataset has a column `weights` (float32, of the length of `labels`) only where some row has weights. Our own file and
+    not `Dataset.from_generator`, whose cache is keyed by the generator's arguments and so serves old rows when a file changes
+    under the same name.
     """
     import datasets
     import pyarrow as pa
 
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())])
+    columns = {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "weights": pa.list_(pa.float32())}
+    schema = pa.schema([*columns.items(), ("length", pa.int32())])
+    weighted = False
     file.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        batch: list[dict[str, Any]] = []
-        for row in rows:
-            batch.append({"input_ids": row.input_ids, "labels": row.labels, "length": len(row.input_ids)})
-            if len(batch) == 1000:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                batch = []
-        if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    return datasets.Dataset.from_file(str(file))
+        while batch := list(itertools.islice(rows, 1000)):
+            weighted = weighted or any(row.weights is not None for row in batch)
+            found = [
+                {
+                    "input_ids": row.input_ids,
+                    "labels": row.labels,
+                    "weights": row.weights or [float(label != IGNORED) for label in row.labels],
+                    "length": len(row.input_ids),
+                }
+                for row in batch
+            ]
+            writer.write_batch(pa.RecordBatch.from_pylist(found, schema))
+    dataset = datasets.Dataset.from_file(str(file))
+    return dataset if weighted else dataset.remove_columns("weights")

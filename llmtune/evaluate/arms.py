@@ -16,15 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from llmtune import artifact, config, scores
 from llmtune.artifact import Artifact
 from llmtune.config import Recorded
 from llmtune.config.data import ColumnMap
 from llmtune.config.eval import GENERATED, EvalConfig, SuiteConfig
 from llmtune.data.chats import Chat, load_chats
-from llmtune.data.tokens import encode_chat, encode_prompt
+from llmtune.data.tokens import encode_answer, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError
 from llmtune.evaluate import judge
 from llmtune.evaluate.metrics import HIGHER_IS_BETTER, measure
@@ -228,12 +226,8 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
 
     if "loss" in wanted:
         rows = _encode(
-            encode_chat, tokenizer, suite.chats, [_with_examples(c.turns, arm.examples) for c in suite.chats]
+            encode_answer, tokenizer, suite.chats, [_with_examples(c.turns, arm.examples) for c in suite.chats]
         )
-        rows = [
-            type(row)(row.input_ids, [-100] * len(prompt) + row.labels[len(prompt) :])
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
         with Progress(f"{title}, loss", len(rows)) as bar:
             losses = infer.token_losses(model, rows, tokenizer.pad_token_id, on_batch=bar.advance)
         for index, loss in enumerate(losses):
@@ -268,8 +262,8 @@ def _encode(encode: Any, tokenizer: Any, chats: list[Chat], turns: list[list[dic
     encoded, problems = [], []
     for chat, turn in zip(chats, turns, strict=True):
         try:
-            encoded.append(encode(tokenizer, turn))
-        except (ValueError, TypeError, TemplateError) as error:
+            encoded.append(encode(tokenizer, turn, chat.tools))
+        except ValueError as error:
             problems.append(f"{chat.row.place}: {error}")
     if problems:
         raise DataError("items", problems)

@@ -11,7 +11,7 @@ from llmtune import artifact, config
 from llmtune.artifact import Artifact
 from llmtune.config.data import ColumnMap
 from llmtune.data.chats import Chat, load_chats
-from llmtune.data.tokens import encode_chat, encode_prompt
+from llmtune.data.tokens import encode_answer, encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, DataError, ProofError
 from llmtune.export import proof
 from llmtune.model import adapters, infer, load
@@ -35,14 +35,14 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     tokenizer = load.load_tokenizer(base)
     dtype = adapter.manifest["base"]["dtype"] if dtype == "auto" else dtype
     chats = _probe_chats(adapter)
-    held_out = [encode_chat(tokenizer, chat.turns) for chat in chats[:HELD_OUT]]
+    held_out = [encode_answer(tokenizer, chat.turns, chat.tools) for chat in chats[:HELD_OUT]]
     probes = [row.input_ids for row in held_out[:PROBES]]
 
     def readings(model: Any) -> proof.Readings:
         return proof.read_model(model, probes, held_out, tokenizer.pad_token_id)
 
     say("  proof: the live adapter")
-    prompts = [encode_prompt(tokenizer, chat.prompt) for chat in chats[:TEXTS]]
+    prompts = [encode_prompt(tokenizer, chat.prompt, chat.tools) for chat in chats[:TEXTS]]
     live_model = adapters.attach(load.load_model(base, dtype), base, adapter)
     _assert_mergeable(live_model, adapter)
     live = readings(live_model)
@@ -119,7 +119,7 @@ def _assert_same_words(folder: Path, tokenizer: Any, chats: list[Chat]) -> None:
     stored = load.load_tokenizer(load.find(str(folder)))
     for chat in chats[:PROBES]:
         try:
-            same = encode_chat(stored, chat.turns) == encode_chat(tokenizer, chat.turns)
+            same = encode_answer(stored, chat.turns, chat.tools) == encode_answer(tokenizer, chat.turns, chat.tools)
         except ValueError as error:
             raise DataError(chat.row.place, str(error)) from None
         if not same:

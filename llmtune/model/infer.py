@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtune.data import template
 from llmtune.data.tokens import IGNORED, TokenRow
 from llmtune.errors import DataError
 
@@ -207,11 +208,13 @@ def _common(rows: list[list[int]], limit: int) -> int:
 
 
 def greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Any:
-    """A neutral greedy generation config with the stop tokens of the model and of the tokenizer."""
+    """A neutral greedy generation config with the stop tokens of the model, of the tokenizer and of the chat template."""
     from transformers import GenerationConfig
 
     stops = model.generation_config.eos_token_id
     stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template is not None:
+        stops |= set(tokenizer.convert_tokens_to_ids(list(template.of(tokenizer).stops)))
     return GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,7 +114,10 @@ def find_again(facts: dict[str, Any]) -> Source:
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token. Raises ConfigError where there is no chat template: chats cannot be written."""
+    """The tokenizer, with a pad token, and `generation_stops`: the ids at which its model's generation config stops.
+
+    Raises ConfigError where there is no chat template: chats cannot be written.
+    """
     from transformers import AutoTokenizer
 
     with _named(source):
@@ -125,7 +129,17 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.generation_stops = _generation_stops(source.folder)
     return tokenizer
+
+
+def _generation_stops(folder: Path) -> list[int]:
+    """The end-of-sequence ids of generation_config.json or, as transformers does without one, of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            stops = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            return stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return []
 
 
 def load_model(

@@ -87,7 +87,7 @@ def _encode(data: Recorded, name: str, tokenizer: PreTrainedTokenizerBase, folde
     counts = Counts()
     columns = data.columns.whole() if data.columns is not None else None
     chats = load_chats(getattr(data, name), data.format, columns, training=True)
-    rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts)
+    rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts, data.train_on)
     dataset = write_dataset(rows, folder / f"{name}.arrow")
     _say(name, counts)
     return Split(dataset, counts)
