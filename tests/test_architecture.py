@@ -44,6 +44,7 @@ LIGHT = [
     "config.train",
     "config.eval",
     "config.peft_methods",
+    "config.transformers_names",
     "artifact",
     "scores",
     "stats",

@@ -33,6 +33,10 @@ class SftConfig(Section):
             for key in ("early_stopping", "eval_steps"):
                 if getattr(self.train, key) is not None:
                     raise ValueError(f"train.{key}: needs data.validation, which is not set")
+            if self.train.scheduler in ("reduce_lr_on_plateau", "greedy"):
+                raise ValueError(f"train.scheduler: {self.train.scheduler} needs data.validation, which is not set")
+        if self.adapter is None and self.train.lora_plus_ratio is not None:
+            raise ValueError("train.lora_plus_ratio: has no effect without an adapter; remove it")
         if self.adapter is not None and self.trainable is not None:
             raise ValueError(
                 "trainable: an adapter freezes every weight of the base, so the two exclude each other; remove one of them "

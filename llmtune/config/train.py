@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from llmtune.config import Section
+from llmtune.config import Section, transformers_names
 from llmtune.config import peft_methods as peft
 from llmtune.errors import ConfigError
 
@@ -23,11 +23,18 @@ class TrainConfig(Section):
     batch_size: PositiveInt = Field(8, description="rows per optimizer step, over all processes")
     micro_batch_size: PositiveInt = Field(8, description="rows per forward pass of one process")
     learning_rate: PositiveFloat = 2e-4
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="each block learns at so many times the rate of the block above it"
+    )
+    lora_plus_ratio: float | None = Field(None, gt=1, description="LoRA+: B matrices learn so many times as fast as A")
     scheduler: str = Field("linear", description="a name of transformers' schedulers")
+    scheduler_options: dict[str, Any] = Field(default_factory=dict, description="the schedule's own, such as min_lr")
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     optimizer: str = Field("adamw_torch_fused", description="a name of transformers' optimizers")
+    optimizer_options: dict[str, Any] = Field(default_factory=dict, description="the optimizer's own, such as betas")
+    neftune_alpha: PositiveFloat | None = Field(None, description="NEFTune: noise on the embeddings while training")
     adapter_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="auto: the base's dtype, but float32 below a learning rate of 1e-4, which bfloat16 rounds away",
@@ -38,6 +45,11 @@ class TrainConfig(Section):
     log_steps: PositiveInt = 1
     eval_steps: PositiveInt | None = Field(None, description="validation every so many steps; None: ten times a run")
     early_stopping: EarlyStoppingConfig | None = None
+
+    @field_validator("optimizer", "scheduler")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        return transformers_names.known(str(info.field_name), name)
 
     @model_validator(mode="after")
     def _rules(self) -> TrainConfig:

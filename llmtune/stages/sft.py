@@ -20,7 +20,7 @@ from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
 from llmtune.model import freeze, load, quantised
 from llmtune.progress import say
-from llmtune.training import checkpoints, group, loop, rows, setup, workspace
+from llmtune.training import checkpoints, group, loop, optim, rows, setup, workspace
 from llmtune.training.trainer import SupervisedTrainer
 
 
@@ -48,6 +48,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
     device = load.choose_device(view.model.device)
+    optim.check(view, device, place)
     with workspace.hold(output, place):
         prints = rows.fingerprints(view.data)
         base = load.find(view.model.name, quantize=view.model.quantize, trust_remote_code=view.model.trust_remote_code)

@@ -41,6 +41,8 @@ def to_trl(
         "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * processes),
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.scheduler,
+        "lr_scheduler_kwargs": dict(train.scheduler_options),
+        "neftune_noise_alpha": train.neftune_alpha,
         "warmup_steps": train.warmup_steps,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,

@@ -28,6 +28,8 @@ def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
         say(f"  resuming from {resume.name}")
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if not trainer.args.load_best_model_at_end:
+            trainer.optimizer.eval()  # the weights of a schedule-free optimizer are its mean; no other has an eval
     finally:
         display.close()
         stop.restore()

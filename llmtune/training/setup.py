@@ -12,7 +12,7 @@ from llmtune import ranks
 from llmtune.config import Recorded
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model import adapters, freeze, infer, load
-from llmtune.training import arguments, rows
+from llmtune.training import arguments, optim, rows
 from llmtune.training.rows import Split
 from llmtune.training.trainer import SupervisedTrainer
 
@@ -89,6 +89,7 @@ def build_trainer(
         eval_dataset=rows.evened(validation.rows, unit) if validation else None,
         processing_class=tokenizer,
     )
+    trainer.rates = optim.rates(view.train, model, place)
     trainer.remove_callback(PrinterCallback)
     if stopping:
         trainer.add_callback(EarlyStoppingCallback(*stopping))

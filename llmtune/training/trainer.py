@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from llmtune.data.tokens import IGNORED
 from llmtune.errors import LlmtuneError
 from llmtune.model.infer import supervised_logits
-from llmtune.training import group
+from llmtune.training import group, optim
 
 
 class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -27,20 +27,18 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     bfloat16; here it keeps the dtype that it was built in. TRL's telemetry is off.
     """
 
-    def __init__(self, *, model: Any, **settings: Any) -> None:
+    seen_tokens = 0
+    """Tokens trained on so far in this process, padding not counted."""
+    rates = optim.Rates()
+
+    def __init__(self, *, model: Any, blanks: int = 0, **settings: Any) -> None:
+        self.blanks = blanks
+        """How many rows at the end of the training rows are there only to make their number even."""
         made = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         super().__init__(model=model, **settings)
         for name, weight in model.named_parameters():
             if name in made and weight.dtype != made[name].dtype:
                 weight.data = made[name].to(weight.device)
-
-    seen_tokens = 0
-    """Tokens trained on so far in this process, padding not counted."""
-
-    def __init__(self, *arguments: Any, blanks: int = 0, **settings: Any) -> None:
-        self.blanks = blanks
-        """How many rows at the end of the training rows are there only to make their number even."""
-        super().__init__(*arguments, **settings)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -81,6 +79,23 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         grouped = self.args.train_sampling_strategy == "group_by_length"
         lengths = rows["length"][:real] if grouped else [0] * real
         return LengthBuckets(lengths, batch, self.args.data_seed, self.blanks)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers', with the run's options and rates: given groups of parameters, it takes them for its own."""
+        if self.optimizer is None:
+            trained, rates = model or self.model, self.rates
+            kind, words = optim.chosen(self.args, trained, rates.options, "train")
+            if rates.layer_decay or rates.lora_plus_ratio:
+                decaying = set(self.get_decay_parameter_names(trained))
+                settings = self.args.learning_rate, self.args.weight_decay
+                words["params"] = optim.groups(trained, decaying, *settings, rates)
+            self.optimizer_cls_and_kwargs = kind, words
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        optim.check_floor(schedule, optimizer or self.optimizer, "train")
+        return schedule
 
     def _send_telemetry(self) -> None:
         """No run of ours reports anything to anyone."""

@@ -1,0 +1,227 @@
+"""Optimizer and schedule by transformers' names, tried before weights load; and each trained weight at its own rate."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from llmtune.config import Recorded
+from llmtune.errors import ConfigError, did_you_mean
+from llmtune.model import freeze
+
+ELSEWHERE = {  # arguments of optimizers and schedules that other settings decide
+    **dict.fromkeys(["params", "model", "optimizer", "last_epoch", "num_training_steps"], "the run"),
+    **dict.fromkeys(["fused", "optim_bits", "is_paged", "foreach"], "the name in train.optimizer"),
+    "lr": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    "warmup_steps": "train.warmup_steps",
+    "num_warmup_steps": "train.warmup_steps",
+}
+UPSTREAM = (ImportError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, AssertionError)
+"""What optimizers and schedules raise for words that they do not take."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The optimizer's own options, and what a weight's place in the model makes of the learning rate."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    layer_decay: float | None = None
+    lora_plus_ratio: float | None = None
+
+
+def check(view: Recorded, device: str, place: object) -> None:
+    """Take one step of the run's optimizer and schedule on one small matrix: milliseconds, before any weight is loaded.
+
+    Raises ConfigError, with what to install or to write, for what is missing here and for settings without effect.
+    """
+    train = view.train
+    name, options = train.optimizer, dict(train.optimizer_options)
+    if name.startswith("paged_") and device == "cpu":
+        plain = {"adamw_32bit": "adamw_torch_fused", "ademamix_32bit": "ademamix"}
+        other = plain.get(name.removeprefix("paged_"), name.removeprefix("paged_"))
+        raise ConfigError(
+            place,
+            f"train.optimizer: {name} moves pages between a GPU and the computer, and there is no GPU; use {other}",
+        )
+    if "target_modules" in options:
+        options["target_modules"] = "all-linear"  # the small matrix has not the names of the model
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, device=device))
+    defaults = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
+    words = {"optim": name, "learning_rate": train.learning_rate, "weight_decay": train.weight_decay}
+    args = SimpleNamespace(**defaults | words | {"warmup_steps": train.warmup_steps, "parallel_mode": None})
+    kind, given = chosen(args, model, options, place)
+    _check_options(args, model, options, place)
+    own_groups = given.pop("params", None)
+    for key, value in (("weight_decay", train.weight_decay), ("layer_decay", train.layer_decay)):
+        if value and own_groups:
+            raise ConfigError(place, f"train.{key}: has no effect with {name}, which groups weights itself; remove it")
+    try:
+        made = kind(own_groups or model.parameters(), **given)
+        if callable(getattr(made, "train", None)):
+            made.train()  # schedule-free optimizers have two states
+        model(torch.ones(1, 64, device=device)).sum().backward()
+        made.step()
+    except UPSTREAM as error:
+        raise _explained("train.optimizer", name, error, place) from None
+    _check_schedule(view, made, "warmup_steps" in given, place)
+
+
+def rates(train: Recorded, model: Any, place: object) -> Rates:
+    """The run's rates. Raises ConfigError where one of them, or the noise on the embeddings, has no effect on `model`."""
+    made = Rates(dict(train.optimizer_options), train.layer_decay, train.lora_plus_ratio)
+    groups(model, set(), train.learning_rate, train.weight_decay, made)
+    if train.neftune_alpha is not None:
+        try:
+            deactivate_neftune(model, activate_neftune(model, train.neftune_alpha))
+        except AttributeError:
+            reason = "transformers finds no embeddings to add noise to in this model under this adapter; remove it"
+            raise ConfigError(place, f"train.neftune_alpha: {reason}") from None
+    return made
+
+
+def chosen(args: Any, model: torch.nn.Module, options: dict[str, Any], place: object) -> tuple[Any, dict[str, Any]]:
+    """The optimizer's class and keyword arguments: transformers' own for `args.optim`, with the run's options in them.
+
+    An option is an argument of the class, or a word of transformers' `optim_args`, or `target_modules` (of low-rank
+    optimizers). Raises ConfigError where the optimizer cannot be had.
+    """
+    args = copy.copy(args)
+    args.optim_target_modules = options.get("target_modules")
+    texts = [f"{key}={value}" for key, value in options.items() if isinstance(value, str | int | float)]
+    args.optim_args = ",".join(text for text in texts if not text.startswith("target_modules=")) or None
+    try:
+        kind, words = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except UPSTREAM as error:
+        raise _explained("train.optimizer", args.optim, error, place) from None
+    if "model" in words or "optimizer_dict" in words:
+        raise ConfigError(
+            place,
+            f"train.optimizer: {args.optim} steps inside the backward pass, before gradients are summed over micro batches "
+            "and clipped to train.max_grad_norm; use one without 'lomo' and '_layerwise' in its name",
+        )
+    return kind, words | {key: value for key, value in options.items() if key in _arguments(kind)}
+
+
+def _check_options(args: Any, model: torch.nn.Module, options: dict[str, Any], place: object) -> None:
+    """Raise ConfigError for an option that the optimizer does not read."""
+    kind, plain = chosen(args, model, {k: v for k, v in options.items() if k == "target_modules"}, place)
+    for key in options:
+        if key in ELSEWHERE:
+            raise ConfigError(place, f"train.optimizer_options.{key}: is decided by {ELSEWHERE[key]}; remove it")
+        if key in _arguments(kind) or (key == "target_modules" and "params" in plain):
+            continue
+        try:  # a word that is read is taken, or refused; one that is not changes nothing
+            read = str(chosen(args, model, {**options, key: "x"}, place)[1]) != str(
+                chosen(args, model, {k: v for k, v in options.items() if k != key}, place)[1]
+            )
+        except ConfigError:
+            read = True
+        if not read:
+            raise ConfigError(
+                place,
+                f"train.optimizer_options.{key}: is no option of {args.optim}{did_you_mean(key, _arguments(kind))}",
+            )
+
+
+def _check_schedule(view: Recorded, optimizer: Any, own_warmup: bool, place: object) -> None:
+    """Raise ConfigError for schedule options that are missing, unknown or without effect, and for a warmup without one."""
+    train, function = view.train, TYPE_TO_SCHEDULER_FUNCTION[view.train.scheduler]
+    name, options = train.scheduler, train.scheduler_options
+    if train.optimizer.startswith("schedule_free") and name != "constant":
+        raise ConfigError(
+            place, f"train.scheduler: {train.optimizer} has its own schedule, and {name} would bend it; set constant"
+        )
+    parameters = inspect.signature(function).parameters
+    open_ended = "kwargs" in parameters
+    for key in options:
+        if key in ELSEWHERE:
+            raise ConfigError(place, f"train.scheduler_options.{key}: is decided by {ELSEWHERE[key]}; remove it")
+        if not open_ended and key not in parameters:
+            known = parameters.keys() - ELSEWHERE.keys()
+            hint = did_you_mean(key, known) if known else ", which has none"
+            raise ConfigError(place, f"train.scheduler_options.{key}: is no option of {name}{hint}")
+    if train.warmup_steps and "num_warmup_steps" not in parameters and not own_warmup:
+        instead = " (constant_with_warmup has one)" if name == "constant" else ""
+        raise ConfigError(
+            place, f"train.warmup_steps: has no effect with {name}, which has no warmup{instead}; remove it"
+        )
+    try:
+        words = (train.warmup_steps, train.max_steps or 1000, dict(options))
+        made = get_scheduler(name, optimizer, *words)
+        optimizer.step()
+        made.step(*([1.0] if open_ended else []))
+    except UPSTREAM as error:
+        raise _explained("train.scheduler", name, error, place) from None
+    check_floor(made, optimizer, place)
+
+
+def check_floor(schedule: Any, optimizer: Any, place: object) -> None:
+    """Raise ConfigError for a schedule that would lift a rate to its own least one: it never goes below `min_lr`."""
+    for group, least in zip(optimizer.param_groups, getattr(schedule, "min_lrs", []), strict=False):
+        if least >= (rate := group.get("initial_lr", group["lr"])):
+            raise ConfigError(
+                place,
+                f"train.scheduler_options: the schedule's min_lr ({least:g}) is not below the learning rate ({rate:g}), which "
+                "it would raise; set min_lr in it to a lower one",
+            )
+
+
+def _arguments(kind: Any) -> set[str]:
+    return inspect.signature(kind).parameters.keys() - ELSEWHERE.keys()
+
+
+def _explained(key: str, name: str, error: BaseException, place: object) -> ConfigError:
+    reason = " ".join(str(error).split()).replace("`optim_target_modules`", "train.optimizer_options.target_modules")
+    return ConfigError(place, f"{key}: {name} cannot be used here: {reason}")
+
+
+def groups(
+    model: Any, decaying: set[str], learning_rate: float, weight_decay: float, rates: Rates
+) -> list[dict[str, Any]]:
+    """The trained weights as an optimizer's parameter groups, one a rate, that with `learning_rate` first.
+
+    The top block and all that lies above the blocks learn at `learning_rate`, every block below at `layer_decay` times the
+    rate of the one above it, and what lies below the blocks (the embeddings) once more below the lowest. LoRA's B matrices,
+    and as in PEFT's own LoRA+ every vector, learn `lora_plus_ratio` times as fast. Weight decay applies to `decaying` names.
+    Raises ConfigError where a rate would have no effect.
+    """
+    depths = _depths(model) if rates.layer_decay is not None else {}
+    found: dict[tuple[float, bool], list[Any]] = {}
+    widened = False
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            share = (rates.layer_decay or 1.0) ** depths.get(name, 0)
+            if rates.lora_plus_ratio is not None and ("lora_B" in name or parameter.ndim == 1):
+                widened, share = widened or "lora_B" in name, share * rates.lora_plus_ratio
+            found.setdefault((share, name in decaying), []).append(parameter)
+    if rates.lora_plus_ratio is not None and not widened:
+        raise ConfigError("train", "lora_plus_ratio: what is trained has no lora_B, as LoRA has; remove it")
+    if rates.layer_decay not in (None, 1.0) and len({depths[name] for name in freeze.trained(model)}) == 1:
+        raise ConfigError("train", "layer_decay: has no effect, all that is trained lies in one block; remove it")
+    return [
+        {"params": found[key], "lr": learning_rate * key[0], "weight_decay": weight_decay if key[1] else 0.0}
+        for key in sorted(found, key=lambda key: (key[0] != 1.0, -key[0], not key[1]))
+    ]
+
+
+def _depths(model: Any) -> dict[str, int]:
+    """How many blocks lie above each parameter; what the model has before its blocks lies below all of them."""
+    where, number = freeze.blocks(model)
+    found, below = {}, True
+    for name, _ in model.named_parameters():
+        if name.startswith(f"{where}."):
+            below = False
+            found[name] = number - 1 - int(name.removeprefix(f"{where}.").partition(".")[0])
+        else:
+            found[name] = number if below else 0
+    return found
