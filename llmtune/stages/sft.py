@@ -48,7 +48,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
     device = load.choose_device(view.model.device)
-    optim.check(view, device, place)
+    optim.check(config.train, device, place)
     with workspace.hold(output, place):
         prints = rows.fingerprints(view.data)
         base = load.find(view.model.name, quantize=view.model.quantize, trust_remote_code=view.model.trust_remote_code)

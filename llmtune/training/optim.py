@@ -15,6 +15,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from llmtune.config import Recorded
+from llmtune.config.train import TrainConfig
 from llmtune.errors import ConfigError, did_you_mean
 from llmtune.model import freeze
 
@@ -39,12 +40,11 @@ class Rates:
     lora_plus_ratio: float | None = None
 
 
-def check(view: Recorded, device: str, place: object) -> None:
+def check(train: TrainConfig, device: str, place: object) -> None:
     """Take one step of the run's optimizer and schedule on one small matrix: milliseconds, before any weight is loaded.
 
     Raises ConfigError, with what to install or to write, for what is missing here and for settings without effect.
     """
-    train = view.train
     name, options = train.optimizer, dict(train.optimizer_options)
     if name.startswith("paged_") and device == "cpu":
         plain = {"adamw_32bit": "adamw_torch_fused", "ademamix_32bit": "ademamix"}
@@ -73,13 +73,13 @@ def check(view: Recorded, device: str, place: object) -> None:
         made.step()
     except UPSTREAM as error:
         raise _explained("train.optimizer", name, error, place) from None
-    _check_schedule(view, made, "warmup_steps" in given, place)
+    _check_schedule(train, made, "warmup_steps" in given, place)
 
 
 def rates(train: Recorded, model: Any, place: object) -> Rates:
     """The run's rates. Raises ConfigError where one of them, or the noise on the embeddings, has no effect on `model`."""
     made = Rates(dict(train.optimizer_options), train.layer_decay, train.lora_plus_ratio)
-    groups(model, set(), train.learning_rate, train.weight_decay, made)
+    groups(model, set(), 1.0, 0.0, made)
     if train.neftune_alpha is not None:
         try:
             deactivate_neftune(model, activate_neftune(model, train.neftune_alpha))
@@ -133,15 +133,14 @@ def _check_options(args: Any, model: torch.nn.Module, options: dict[str, Any], p
             )
 
 
-def _check_schedule(view: Recorded, optimizer: Any, own_warmup: bool, place: object) -> None:
+def _check_schedule(train: TrainConfig, optimizer: Any, own_warmup: bool, place: object) -> None:
     """Raise ConfigError for schedule options that are missing, unknown or without effect, and for a warmup without one."""
-    train, function = view.train, TYPE_TO_SCHEDULER_FUNCTION[view.train.scheduler]
     name, options = train.scheduler, train.scheduler_options
     if train.optimizer.startswith("schedule_free") and name != "constant":
         raise ConfigError(
             place, f"train.scheduler: {train.optimizer} has its own schedule, and {name} would bend it; set constant"
         )
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
     open_ended = "kwargs" in parameters
     for key in options:
         if key in ELSEWHERE:
