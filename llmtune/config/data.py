@@ -42,3 +42,4 @@ class DataConfig(Section):
     train_on: Literal["all", "last"] = Field("all", description="every answer of a chat, or its last one")
     max_length: PositiveInt = Field(1024, description="tokens")
     overlong: Literal["error", "truncate", "drop"] = Field("error", description="rows longer than max_length")
+    packing: bool = Field(False, description="several rows in one sequence of at most max_length tokens, kept apart")

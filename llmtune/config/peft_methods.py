@@ -84,6 +84,17 @@ def fields_of(method: str) -> set[str]:
     return set(_fields(methods()[method]))
 
 
+def has_virtual_tokens(method: str) -> bool:
+    """Whether the method puts tokens of its own before the text, as prompt tuning does."""
+    return "PromptLearningConfig" in _ancestors(methods()[method])
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    yield name
+    for base in _classes()[name].bases if name in _classes() else []:
+        yield from _ancestors(getattr(base, "id", ""))
+
+
 def _fields(name: str) -> Iterator[str]:
     definition = _classes().get(name)
     if definition is None:

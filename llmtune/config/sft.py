@@ -53,6 +53,22 @@ class SftConfig(Section):
             peft_methods.check_quantised(self.adapter.method, self.model.quantize)
         if self.train.adapter_dtype == "bfloat16" and self.model.dtype == "float32":
             raise ValueError("train.adapter_dtype: bfloat16 has no effect on a float32 base; remove it")
+        if self.data.packing:
+            self._packing()
         if self.data.columns is not None and "format" in self.data.model_fields_set:
             raise ValueError("data: set either 'format' or 'columns'")
         return self
+
+    def _packing(self) -> None:
+        if "group_by_length" in self.train.model_fields_set:
+            raise ValueError("train.group_by_length: has no effect with data.packing; remove it")
+        if self.adapter is not None and peft_methods.has_virtual_tokens(self.adapter.method):
+            raise ValueError(
+                f"data.packing: {self.adapter.method} puts tokens of its own before each row, and a packed row has no place for "
+                "them; set packing to false, or choose another method"
+            )
+        if self.adapter is not None and self.adapter.options.get("alora_invocation_tokens"):
+            raise ValueError(
+                "data.packing: an activated LoRA begins at the last invocation of a sequence, so that only the last of its packed "
+                "rows would be trained; set packing to false, or remove adapter.alora_invocation_tokens"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktok
 WORDS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research-only|no-commercial", re.IGNORECASE)
+NO_SUCH_ATTENTION = re.compile(r"does not support (an attention implementation|Flash Attention)")
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,17 @@ def _generation_stops(folder: Path) -> list[int]:
 
 
 def load_model(
-    source: Source, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
+    source: Source,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    attention: str = "auto",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The weights, on the device, in eval mode; quantised where `source` says so, and then dtype is that of the arithmetic."""
+    """The weights, on the device, in eval mode; quantised where `source` says so, and then dtype is that of the arithmetic.
+
+    attention: transformers' name of an implementation; "auto" is its own choice.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +168,12 @@ def load_model(
         how["quantization_config"] = quantised.settings(source.quantize, kind)
     with _named(source):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, **how
+            source.folder,
+            dtype=kind,
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **how,
         )
     if not source.quantised:
         return model.to(place).eval()
@@ -182,6 +197,9 @@ def _named(source: Source) -> Iterator[None]:
         if "trust_remote_code" in reason:
             why = "needs Python code that comes with it; read that code, then set model.trust_remote_code to true"
             raise ConfigError("model", f"{source.name} {why}") from None
+        if NO_SUCH_ATTENTION.search(reason):
+            why = "has no such attention in transformers; set it to 'auto' or 'eager'"
+            raise ConfigError("model", f"model.attention: {source.name} {why}") from None
         raise ArtifactError(f"{source.folder}: cannot be read as a model: {reason[:300]}") from None
 
 
@@ -196,6 +214,15 @@ def choose_device(device: str) -> str:
             "('llmtune doctor' shows what is here)"
         )
     return ("cuda" if seen else "cpu") if device == "auto" else device
+
+
+def require_attention(attention: str, device: str, place: object) -> None:
+    """Raise MachineError where this machine lacks what the attention needs, ConfigError where it cannot be trained with."""
+    if attention == "flash_attention_2" and (device != "cuda" or importlib.util.find_spec("flash_attn") is None):
+        lacks = "a GPU" if device != "cuda" else "the package flash-attn, which is not installed"
+        raise MachineError(f"model.attention: flash_attention_2 needs {lacks}; use 'sdpa'")
+    if attention == "flex_attention" and device == "cpu":
+        raise ConfigError(place, "model.attention: flex_attention has no backward pass on a CPU; use 'sdpa'")
 
 
 def choose_dtype(dtype: str, device: str) -> str:

@@ -20,7 +20,7 @@ from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
 from llmtune.model import freeze, load, quantised
 from llmtune.progress import say
-from llmtune.training import checkpoints, group, loop, optim, rows, setup, workspace
+from llmtune.training import checkpoints, group, loop, optim, packing, rows, setup, workspace
 from llmtune.training.trainer import SupervisedTrainer
 
 
@@ -49,6 +49,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
     device = load.choose_device(view.model.device)
     optim.check(config.train, device, place)
+    load.require_attention(view.model.attention, device, place)
     with workspace.hold(output, place):
         prints = rows.fingerprints(view.data)
         base = load.find(view.model.name, quantize=view.model.quantize, trust_remote_code=view.model.trust_remote_code)
@@ -69,6 +70,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             model = setup.build_model(view, base, device, place)
             trainer = setup.build_trainer(view, model, tokenizer, train, validation, folder, device, place)
             rows.assert_nothing_lost(trainer.train_dataset, train.counts, trainer.blanks)
+            batches = packing.layout(view, train)
             view.require_all_read(place)
         except UserError:
             if not checkpoints.last_complete(folder):
@@ -78,7 +80,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
             "base": base.facts(),
-            "data": rows.facts(prints, train, validation),
+            "data": rows.facts(prints, train, validation) | {"batches": batches},
             "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
             "seeds": {"seed": view.train.seed},
             "processes": ranks.world_size(),

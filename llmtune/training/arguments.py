@@ -48,7 +48,7 @@ def to_trl(
         "max_grad_norm": train.max_grad_norm,
         "optim": train.optimizer,
         "activation_checkpointing": train.activation_checkpointing,
-        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
+        "train_sampling_strategy": "group_by_length" if not config.data.packing and train.group_by_length else "random",
         "seed": train.seed,
         "data_seed": train.seed,
         "logging_steps": train.log_steps,
@@ -70,7 +70,7 @@ def to_trl(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "max_length": None,  # our rows are cut already; with a length TRL would drop rows without a word
-        "packing": False,
+        "packing": False,  # packed rows come packed already, each accounted for
         "dataloader_pin_memory": device != "cpu",
         "early_stopping": (stopping.patience, stopping.min_delta) if stopping is not None else None,
     }

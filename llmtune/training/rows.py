@@ -18,6 +18,7 @@ from llmtune.data.rows import fingerprint
 from llmtune.data.tokens import IGNORED, Counts, encode_chats, write_dataset
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.progress import say
+from llmtune.training import packing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +29,7 @@ ACCOUNT = "rows.json"
 
 @dataclass(frozen=True)
 class Split:
-    """Token rows of one split (`input_ids`, `labels`, `length`), and the account of every row of its sources."""
+    """Token rows of one split, or packed sequences of them, and the account of every row of its sources."""
 
     rows: Dataset
     counts: Counts
@@ -90,6 +91,8 @@ def _encode(data: Recorded, name: str, tokenizer: PreTrainedTokenizerBase, folde
     rows = encode_chats(chats, tokenizer, data.max_length, data.overlong, counts, data.train_on)
     dataset = write_dataset(rows, folder / f"{name}.arrow")
     _say(name, counts)
+    if data.packing:
+        dataset = packing.pack(dataset, data.max_length, folder / f"{name}-packed.arrow")
     return Split(dataset, counts)
 
 
@@ -114,12 +117,14 @@ def evened(rows: Dataset, multiple: int) -> Dataset:
 
 
 def assert_nothing_lost(dataset: Dataset, counts: Counts, blanks: int = 0) -> None:
-    """What TRL is about to train on is what we gave it: as many rows (and blank ones), as many supervised tokens."""
+    """What TRL is about to train on is what we gave it: as many rows (and blank ones), packed or not, as many supervised tokens."""
     labels = pc.list_flatten(dataset.data.column("labels"))
     supervised = pc.sum(pc.not_equal(labels, IGNORED)).as_py()
-    if (len(dataset) - blanks, supervised) != (counts.rows, counts.supervised_tokens):
+    packed = "seq_lengths" in dataset.column_names
+    rows = (sum(map(len, dataset["seq_lengths"])) if packed else len(dataset)) - blanks
+    if (rows, supervised) != (counts.rows, counts.supervised_tokens):
         raise LlmtuneError(
-            f"TRL holds {len(dataset) - blanks} rows with {supervised} supervised tokens, and was given {counts.rows} rows with "
+            f"TRL holds {rows} rows with {supervised} supervised tokens, and was given {counts.rows} rows with "
             f"{counts.supervised_tokens}: this version of TRL changes rows; install the one in constraints.txt"
         )
 

@@ -12,7 +12,7 @@ from llmtune import ranks
 from llmtune.config import Recorded
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model import adapters, freeze, infer, load
-from llmtune.training import arguments, optim, rows
+from llmtune.training import arguments, optim, packing, rows
 from llmtune.training.rows import Split
 from llmtune.training.trainer import SupervisedTrainer
 
@@ -29,7 +29,9 @@ def build_model(view: Recorded, base: load.Source, device: str, place: object) -
     # a trained weight of the base is kept in float32: a bfloat16 one does not feel a small update
     weights, place_of_load = (view.model.dtype, device) if adapted else ("float32", "cpu")
     set_seed(view.train.seed)
-    model: Any = load.load_model(base, weights, place_of_load, trust_remote_code=view.model.trust_remote_code)
+    model: Any = load.load_model(
+        base, weights, place_of_load, attention=view.model.attention, trust_remote_code=view.model.trust_remote_code
+    )
     limit = infer.context_length(model)
     if limit and view.data.max_length > limit:
         raise ConfigError(
@@ -90,6 +92,9 @@ def build_trainer(
         processing_class=tokenizer,
     )
     trainer.rates = optim.rates(view.train, model, place)
+    trainer.data_collator = packing.Collator(tokenizer.pad_token_id, padding_free=view.data.packing)
+    if view.data.packing:
+        packing.require_isolation(model, train.rows, trainer.data_collator, place, mixed_bf16=mixed)
     trainer.remove_callback(PrinterCallback)
     if stopping:
         trainer.add_callback(EarlyStoppingCallback(*stopping))

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with six corrections, each for a measured reason."""
+"""TRL's SFTTrainer with seven corrections, each for a measured reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     the best checkpoint back, turns bfloat16 adapters into float32 ones: another trajectory, another speed. transformers' own grouping by length runs an epoch of less than fifty batches from the
     longest rows to the shortest and draws from the global generator, so that a run resumed inside an epoch sees other batches;
     see LengthBuckets. Its validation loss is a mean of batch means. TRL makes every adapter on a quantised base
-    bfloat16; here it keeps the dtype that it was built in. TRL's telemetry is off.
+    bfloat16; here it keeps the dtype that it was built in. TRL knows no weights: where rows have them, the loss of a
+    step is sum(weight x loss) / sum(weight) over its supervised tokens. TRL's telemetry is off.
     """
 
     seen_tokens = 0
@@ -44,25 +45,36 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         assert not return_outputs, "validation asks for the loss only"
+        weights, labels = inputs.pop("weights", None), inputs["labels"]
         if self.model.training:
-            self.seen_tokens += int(inputs["attention_mask"][(inputs["labels"] != IGNORED).any(dim=1)].sum())
-        if self.accelerator.device.type == "cuda":
+            self.seen_tokens += _tokens(inputs)
+        if self.accelerator.device.type == "cuda" and weights is None:  # the fused kernel knows no weights
             fused: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            self._count_validation(fused, int((inputs["labels"][:, 1:] != IGNORED).sum()))
+            self._count_validation(fused, int((labels[:, 1:] != IGNORED).sum()))
             return fused
-        labels = inputs["labels"]
         logits, targets = supervised_logits(model, {k: v for k, v in inputs.items() if k != "labels"}, labels)
-        total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        weight = torch.ones_like(each) if weights is None else weights[:, 1:][labels[:, 1:] != IGNORED]
+        whole = (
+            weight.sum().clamp(min=1e-9) if num_items_in_batch is None else num_items_in_batch
+        )  # blank rows have none
+        loss = (each * weight).sum() / whole
         if num_items_in_batch is not None:
             loss *= self.accelerator.num_processes  # gradients are averaged over them, and the count is of all
-        self._count_validation(loss, targets.numel())
+        self._count_validation(loss, weight.sum().item())
         return loss
 
-    def _count_validation(self, loss: torch.Tensor, tokens: int) -> None:
+    def _count_validation(self, loss: torch.Tensor, weight: float) -> None:
         if not self.model.training:
-            self.validated[0] += loss.item() * tokens
-            self.validated[1] += tokens
+            self.validated[0] += loss.item() * weight
+            self.validated[1] += weight
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """What the loss of a step is divided by: its supervised tokens over all processes; weighted rows, their weights."""
+        if not any("weights" in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum(batch["weights"][:, 1:][batch["labels"][:, 1:] != IGNORED].sum() for batch in batch_samples)
+        return self.accelerator.gather(torch.as_tensor(total, device=device)).sum()
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> Any:
         """As transformers', but the loss is the mean over tokens, whatever the batches: theirs is a mean of batch means."""
@@ -141,6 +153,14 @@ class LengthBuckets(Sampler[int]):  # type: ignore[misc]
             yield from batches[n]
         yield from order[whole:]
         yield from range(len(order), len(self))
+
+
+def _tokens(inputs: dict[str, Any]) -> int:
+    """Tokens of the batch's rows: neither padding nor rows without loss."""
+    labelled = inputs["labels"] != IGNORED
+    if "attention_mask" in inputs:
+        return int(inputs["attention_mask"][labelled.any(dim=1)].sum())
+    return int(torch.isin(inputs["seq_idx"], inputs["seq_idx"][labelled]).sum())
 
 
 def _restore_adapter(model: Any, checkpoint: Path) -> bool:
