@@ -206,6 +206,13 @@ def test_resumed_on_4_bits_equals_uninterrupted_to_the_bit(run_file, monkeypatch
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_dequantised_base_is_the_quantised_one_in_bfloat16_too(tiny_folder) -> None:
+    model = base(tiny_folder, "nf4", "bfloat16")
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        assert torch.equal(before, quantised.dequantised(model, torch.bfloat16)(input_ids=IDS).logits)
+
+
 @KINDS
 def test_the_dequantised_base_is_the_quantised_one(tiny_folder, kind) -> None:
     """NF4 exactly, even after an answer. 8 bits: the product itself rounds its inputs, so the logits are near and not equal."""

@@ -443,6 +443,21 @@ def test_costs_proof_and_origin(run, whole):
     assert {parent["sha256"] for parent in made.manifest["parents"]} <= titles
 
 
+def test_a_merge_of_a_quantised_run_shows_its_distance_to_what_was_evaluated(tmp_path):
+    adapter = write_adapter(tmp_path)
+    write_merged(tmp_path, adapter)
+    file = tmp_path / "merged" / "llmtune.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["bases"] = {"taken": "dequantised base", "losses": {"full-precision base": 2.6, "dequantised base": 2.61}}
+    facts["proof"]["distance"] = {"kl": 1.9e-5, "loss_evaluated": 2.6101, "loss_stored": 2.6112, "loss_bound": 0.0031,
+                                  "loss_limit": 0.01, "holds": True}  # fmt: skip
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    made = report.build(tmp_path, tmp_path / "report")
+    page = Page((made.path / "report.html").read_text(encoding="utf-8"))
+    for words in ("merged into the dequantised base", "1.90e-5", "2.6101 to 2.6112", "0.0031 (limit 0.01)"):
+        assert words in page.text, words
+
+
 def test_document_is_sound(whole):
     for tag, many in (("h1", 1), ("main", 1), ("header", 1), ("nav", 1), ("footer", 1), ("title", 1 + 4)):
         assert len(whole.all(tag)) == many, tag

@@ -20,6 +20,8 @@ def merge(arguments: argparse.Namespace) -> int:
     made = merging.run(arguments.run_folder, arguments.dtype)
     found = made.manifest["proof"]
     algebra, storage = found["algebra"], found["storage"]
+    if "bases" in made.manifest:
+        _say_bases(made.manifest["bases"], found["distance"])
     say(
         f"\nproven: in float32 the merged logits differ by {algebra['max_logit_difference']:.1e} (at most {algebra['tolerance_logit']:g}); "
         f"stored in {found['dtype']}, KL {storage['kl']:.2e} is {storage['ratio']:.2f} x the noise of that dtype (at most 1.5), "
@@ -27,6 +29,21 @@ def merge(arguments: argparse.Namespace) -> int:
     )
     print(made.path)
     return 0
+
+
+def _say_bases(bases: dict[str, Any], distance: dict[str, Any]) -> None:
+    """Which base the adapter of a quantised one went into and why, and how far the result is from what was evaluated."""
+    losses = ", ".join(f"{loss:.4f} on the {name}" for name, loss in bases["losses"].items())
+    by = ""
+    if "interval" in bases:
+        low, high = bases["interval"]
+        by = f"; the first less the second {bases['difference']:+.4f}, 90 % interval [{low:+.4f}, {high:+.4f}]"
+    say(f"\nmerged into the {bases['taken']}: held-out loss {losses}{by}")
+    say(
+        f"against what was evaluated, on the quantised base: KL {distance['kl']:.2e}, held-out loss "
+        f"{distance['loss_evaluated']:.4f} -> {distance['loss_stored']:.4f}, worse by {distance['loss_bound']:.4f} at most "
+        f"(less than {distance['loss_limit']:g})"
+    )
 
 
 def chat(arguments: argparse.Namespace) -> int:

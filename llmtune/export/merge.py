@@ -13,7 +13,7 @@ from llmtune.config.data import ColumnMap
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.tokens import encode_answer, encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, DataError, ProofError
-from llmtune.export import proof
+from llmtune.export import candidates, proof
 from llmtune.model import adapters, infer, load
 from llmtune.progress import say
 
@@ -23,8 +23,9 @@ PROBES, HELD_OUT, TEXTS, TEXT_TOKENS = 12, 32, 6, 24
 def run(folder: Path, dtype: str = "auto") -> Artifact:
     """Merge `folder/adapter` into its base and write `folder/merged`: safetensors, tokenizer, chat template, generation config.
 
-    dtype: of the stored weights; "auto" is the base's own. Raises ProofError, and writes nothing, when the result does not
-    equal the adapter within the tolerances of `proof`, naming the tensors that differ.
+    dtype: of the stored weights; "auto" is the base's own. An adapter of a quantised base goes into the better of two plain ones.
+    Raises ProofError, and writes nothing, when the result does not equal the adapter within the tolerances of `proof`, naming the
+    tensors that differ.
     """
     adapter = artifact.finished_run(folder)
     if adapter.kind != "adapter":
@@ -33,7 +34,8 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
         raise ArtifactError(f"{folder / 'merged'}: is finished already; move it away to merge again")
     base = load.find_again(adapter.manifest["base"])
     tokenizer = load.load_tokenizer(base)
-    dtype = adapter.manifest["base"]["dtype"] if dtype == "auto" else dtype
+    evaluated_in = adapter.manifest["base"]["dtype"]
+    dtype = evaluated_in if dtype == "auto" else dtype
     chats = _probe_chats(adapter)
     held_out = [encode_answer(tokenizer, chat.turns, chat.tools) for chat in chats[:HELD_OUT]]
     probes = [row.input_ids for row in held_out[:PROBES]]
@@ -43,12 +45,17 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
 
     say("  proof: the live adapter")
     prompts = [encode_prompt(tokenizer, chat.prompt, chat.tools) for chat in chats[:TEXTS]]
-    live_model = adapters.attach(load.load_model(base, dtype), base, adapter)
+    live_model = adapters.attach(load.load_model(base, evaluated_in if base.quantised else dtype), base, adapter)
     _assert_mergeable(live_model, adapter)
-    live = readings(live_model)
+    evaluated = live = readings(live_model)
     said = infer.generate(live_model, tokenizer, prompts, TEXT_TOKENS, TEXTS)
     del live_model
-    reference_model = adapters.attach(load.load_model(base, "float32"), base, adapter).float()
+    chosen, bases = candidates.choose(
+        base, adapter, evaluated_in, probes, lambda model: infer.token_losses(model, held_out, tokenizer.pad_token_id)
+    )
+    if base.quantised:
+        live = readings(chosen.attached(base, adapter, dtype))
+    reference_model = chosen.attached(base, adapter, "float32")
     reference = readings(reference_model)
     say("  proof: merged in float32")
     merged = _merge(reference_model, adapter)
@@ -60,17 +67,20 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
         say("  proof: what lies on disk")
         wrong = proof.differing_tensors(draft.path, expected)
         stored_model = load.load_model(load.find(str(draft.path)), dtype)
-        storage = proof.storage(reference, live, readings(stored_model))
+        stored = readings(stored_model)
+        storage = proof.storage(reference, live, stored)
+        distance = proof.distance(evaluated, stored) if base.quantised else None
         again = infer.generate(stored_model, tokenizer, prompts, TEXT_TOKENS, TEXTS)
-        if not algebra.holds or not storage.holds or wrong:
-            raise ProofError(_explain(folder, algebra, storage, wrong))
+        if not (algebra.holds and storage.holds and (distance is None or distance.holds)) or wrong:
+            raise ProofError(_explain(folder, algebra, storage, distance, wrong))
         _assert_same_words(draft.path, tokenizer, chats)
         shown = zip(chats[:TEXTS], said, again, strict=True)
         texts = [{"prompt": str(c.prompt[-1]["content"]), "adapter": a.text, "merged": m.text} for c, a, m in shown]
         draft.facts.update(
             base=adapter.manifest["base"],
             template_sha256=adapter.manifest["template_sha256"],
-            proof=proof.facts(algebra, storage, dtype, texts),
+            proof=proof.facts(algebra, storage, distance, dtype, texts),
+            **({"bases": bases} if bases else {}),
         )
     return artifact.read(folder / "merged")
 
@@ -126,7 +136,9 @@ def _assert_same_words(folder: Path, tokenizer: Any, chats: list[Chat]) -> None:
             raise ProofError(f"{folder}: the stored tokenizer or chat template encodes {chat.row.place} in another way")
 
 
-def _explain(folder: Path, algebra: proof.Algebra, storage: proof.Storage, wrong: list[str]) -> str:
+def _explain(
+    folder: Path, algebra: proof.Algebra, storage: proof.Storage, distance: proof.Distance | None, wrong: list[str]
+) -> str:
     lines = [f"{folder / 'merged'}: the merged model does not equal its adapter, so it was not written"]
     if not algebra.holds:
         lines.append(
@@ -137,6 +149,11 @@ def _explain(folder: Path, algebra: proof.Algebra, storage: proof.Storage, wrong
         lines.append(
             f"  storage: KL {storage.kl:.2g} (at most {storage.limit:.2g}), held-out loss worse by up to "
             f"{storage.loss_bound:.4f} (less than {storage.loss_limit})"
+        )
+    if distance is not None and not distance.holds:
+        lines.append(
+            f"  distance: held-out loss {distance.loss_evaluated:.4f} as evaluated, on the quantised base, and {distance.loss_stored:.4f} "
+            f"merged: worse by up to {distance.loss_bound:.4f} (less than {distance.loss_limit}); serve the adapter on its base"
         )
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

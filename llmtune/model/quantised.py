@@ -119,6 +119,23 @@ def settled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def dequantised(model: PreTrainedModel, dtype: Any) -> PreTrainedModel:
-    """`model` with each quantised weight written out in `dtype`: what the quantised base says, as plain layers. In place."""
-    plain: PreTrainedModel = model.dequantize(dtype=dtype)
-    return plain.to(dtype)
+    """`model` with each quantised weight written out in `dtype`: what the quantised base says, as plain layers. In place.
+
+    Raises ConfigError for a kind of quantisation that transformers cannot write out.
+    """
+    came_so = model.hf_quantizer.pre_quantized
+    try:
+        plain: PreTrainedModel = model.dequantize(dtype=dtype)
+    except NotImplementedError:
+        kind = model.config.quantization_config.quant_method
+        raise ConfigError(
+            "model",
+            f"transformers cannot dequantise {kind} weights, so nothing can be merged into them; serve the adapter on its base",
+        ) from None
+    if (
+        came_so
+    ):  # transformers 5.23 would undo on saving what it did on reading, and unpacking 4 bits has no inverse there
+        plain._weight_conversions = None
+    for weight in plain.parameters():  # and not buffers: rotary frequencies stay float32, as in every loaded model
+        weight.data = weight.data.to(dtype)
+    return plain
