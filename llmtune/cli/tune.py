@@ -33,7 +33,10 @@ def sft(arguments: argparse.Namespace) -> int:
         f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} parameters trained"
         + (f"; validation loss {loss:.4f}, best at step {metrics['best_step']}" if loss is not None else "")
     )
-    say(f"next: llmtune chat {made.path.parent}\n      llmtune merge {made.path.parent}")
+    say(
+        f"next: llmtune chat {made.path.parent}"
+        + f"\n      llmtune merge {made.path.parent}" * (made.kind == "adapter")
+    )
     print(made.path)
     return 0
 

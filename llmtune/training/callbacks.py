@@ -17,8 +17,8 @@ from llmtune.errors import LlmtuneError
 from llmtune.progress import Progress, say
 from llmtune.training import checkpoints, group
 
-NAMES = {"eval_loss": "validation_loss"}
-KEPT = ("epoch", "loss", "learning_rate", "grad_norm", "validation_loss", "mean_token_accuracy")
+NAMES = {"eval_loss": "validation_loss", "eval_training_loss": "training_loss", "eval_gap": "gap"}
+KEPT = ("epoch", "loss", "learning_rate", "grad_norm", *NAMES.values(), "mean_token_accuracy")
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
@@ -78,7 +78,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         if self.bar and "loss" in logs:
             self.bar.advance(state.global_step - self.bar.done, note(self.metrics.last))
         elif self.bar and "eval_loss" in logs:
-            say(f"  step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+            gap = f", {logs['eval_gap']:+.4f} from training" if "eval_gap" in logs else ""
+            say(f"  step {state.global_step}: validation loss {logs['eval_loss']:.4f}{gap}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()

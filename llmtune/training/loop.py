@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtune.errors import LlmtuneError, Preempted
 from llmtune.progress import say
-from llmtune.training import checkpoints, group
+from llmtune.training import checkpoints, gap, group
 from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal
 from llmtune.training.trainer import SupervisedTrainer
 
@@ -21,7 +21,7 @@ def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
     """
     metrics = MetricsFile(folder / "metrics.jsonl", trainer)
     stop, display = StopOnSignal(), ProgressDisplay(metrics)
-    for callback in (SealCheckpoints(), metrics, display, stop):
+    for callback in (gap.Window(trainer), SealCheckpoints(), metrics, display, stop):
         trainer.add_callback(callback)
     resume = _common(checkpoints.last_complete(folder))
     if resume:
@@ -39,7 +39,10 @@ def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
             raise Preempted(done)
         say(f"  {done}")
         raise KeyboardInterrupt
-    return group.from_first(lambda: _metrics(trainer, folder))
+    measured: dict[str, Any] = group.from_first(lambda: _metrics(trainer, folder))
+    if measured["overfitting"]:
+        say(f"  {gap.told(measured['overfitting'])}")
+    return measured
 
 
 def _common(found: Path | None) -> Path | None:
@@ -59,12 +62,15 @@ def _metrics(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
     logged = [line for line in lines if "loss" in line]
     tokens, seconds = sum(line["tokens"] for line in logged), sum(line["seconds"] for line in logged)
     best = trainer.state.best_model_checkpoint
+    best_step = int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step
     return {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "train_loss": sum(line["loss"] for line in logged) / len(logged),
         "validation_loss": trainer.state.best_metric,
-        "best_step": int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step,
+        "best_step": best_step,
+        "gap": next((line["gap"] for line in lines if "gap" in line and line["step"] == best_step), None),
+        "overfitting": gap.overfitting(lines),
         "tokens": tokens,
         "tokens_per_s": round(tokens / seconds, 1),
         "peak_memory_gb": round(max(line["memory_gb"] for line in logged), 3),

@@ -30,6 +30,9 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
 
     seen_tokens = 0
     """Tokens trained on so far in this process, padding not counted."""
+    learned = (0.0, 0.0)
+    validated = (0.0, 0.0)
+    """Sums of losses and of the weights of supervised tokens in this process: of training since the last validation, and of validation."""
     rates = optim.Rates()
 
     def __init__(self, *, model: Any, blanks: int = 0, **settings: Any) -> None:
@@ -50,7 +53,7 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             self.seen_tokens += _tokens(inputs)
         if self.accelerator.device.type == "cuda" and weights is None:  # the fused kernel knows no weights
             fused: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            self._count_validation(fused, int((labels[:, 1:] != IGNORED).sum()))
+            self._count(fused, int((labels[:, 1:] != IGNORED).sum()), num_items_in_batch)
             return fused
         logits, targets = supervised_logits(model, {k: v for k, v in inputs.items() if k != "labels"}, labels)
         each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -61,13 +64,17 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         loss = (each * weight).sum() / whole
         if num_items_in_batch is not None:
             loss *= self.accelerator.num_processes  # gradients are averaged over them, and the count is of all
-        self._count_validation(loss, weight.sum().item())
+        self._count(loss, weight.sum().item(), num_items_in_batch)
         return loss
 
-    def _count_validation(self, loss: torch.Tensor, weight: float) -> None:
-        if not self.model.training:
-            self.validated[0] += loss.item() * weight
-            self.validated[1] += weight
+    def _count(self, loss: torch.Tensor, weight: float, num_items_in_batch: Any) -> None:
+        of = weight if num_items_in_batch is None else float(num_items_in_batch) / self.accelerator.num_processes
+        so_far = self.learned if self.model.training else self.validated
+        both = so_far[0] + loss.item() * of, so_far[1] + weight
+        if self.model.training:
+            self.learned = both
+        else:
+            self.validated = both
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """What the loss of a step is divided by: its supervised tokens over all processes; weighted rows, their weights."""
@@ -77,11 +84,18 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         return self.accelerator.gather(torch.as_tensor(total, device=device)).sum()
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> Any:
-        """As transformers', but the loss is the mean over tokens, whatever the batches: theirs is a mean of batch means."""
-        self.validated = [0.0, 0.0]
+        """As transformers', but the loss is the mean over tokens, whatever the batches: theirs is a mean of batch means.
+
+        Beside it stand the mean training loss over the tokens of all steps since the last validation, and the gap.
+        """
+        self.validated = (0.0, 0.0)
         output = super().evaluation_loop(*arguments, **settings)
-        loss, tokens = group.total(self.validated)
+        loss, tokens, learned, learned_tokens = group.total([*self.validated, *self.learned])
         output.metrics["eval_loss"] = loss / tokens
+        if learned_tokens:
+            output.metrics["eval_training_loss"] = learned / learned_tokens
+            output.metrics["eval_gap"] = loss / tokens - learned / learned_tokens
+        self.learned = (0.0, 0.0)
         return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
