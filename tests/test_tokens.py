@@ -167,23 +167,35 @@ def test_a_control_token_that_no_role_names():
     [
         (  # as some do: the newest message is written in full
             tiny.CHATML.replace("{{ message.content }}", "{{ message.content if loop.last else '...' }}"),
-            "writes a turn differently once others follow, so its loss mask cannot be proven",
+            "the prompt goes on with 'c<|im_end|>\\n<|im_start|>assistant\\n', the finished chat with",
         ),
         (  # as reasoning models do: what an earlier answer thought is taken out
             tiny.CHATML.replace("{{ message.content }}", "{{ message.content if loop.last or message.role == 'user' else '...' }}"),
-            "writes a turn differently once others follow, so its loss mask cannot be proven",
+            "writes an answer differently once others follow, so its loss mask cannot be proven: what would be trained is not",
         ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-            r"does not end the assistant's turn with '<\|im_end\|>', so the model would not learn to stop",
+            "does not end the assistant's turn with '<|im_end|>', so the model would not learn to stop",
         ),
         (tiny.CHATML.replace("{{ message.content }}", "{{ message.content | upper }}"), "drops or changes what the turn says"),
     ],
     ids=["rewrites all", "rewrites answers", "no end", "changes the answer"],
 )  # fmt: skip
 def test_a_template_whose_mask_cannot_be_proven(template, problem):
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(ValueError) as caught:
         encode_chat(tiny.tokenizer(template), [user("a"), says("b"), user("c"), says("d")])
+    assert problem in str(caught.value)
+
+
+def test_a_template_that_rewrites_earlier_answers_trains_the_last_one():
+    words = tiny.tokenizer(
+        tiny.CHATML.replace(
+            "{{ message.content }}", "{{ message.content if loop.last or message.role == 'user' else '...' }}"
+        )
+    )
+    before = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n...<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    row = encode_chat(words, [user("a"), says("b"), user("c"), says("d")], train_on="last")
+    assert row == pieces(words, (before, False), ("d<|im_end|>", True), ("\n", False))
 
 
 def merging(*, trim_offsets: bool) -> PreTrainedTokenizerFast:

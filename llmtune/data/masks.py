@@ -16,8 +16,8 @@ from llmtune.data.template import ChatTemplate, Turns, strings
 
 TrainOn = Literal["all", "last"]
 UNPROVEN = (
-    "this chat template writes a turn differently once others follow, so its loss mask cannot be proven: "
-    "what would be trained is not what is served"
+    "this chat template writes an answer differently once others follow, so its loss mask cannot be proven: "
+    "what would be trained is not what is served; with data.train_on: last the last answer alone is trained"
 )
 
 
@@ -52,7 +52,7 @@ def render(
     for n in trained:
         answer = last if n == answers[-1] else written_answer(template, turns[: n + 1], tools)
         if not text.startswith(answer.prompt + answer.said + answer.stop):
-            raise ValueError(f"{UNPROVEN}; with data.train_on: last the last answer alone is trained")
+            raise ValueError(UNPROVEN)
         found.append((answer, turns[n]))
     return text, found
 
@@ -72,10 +72,11 @@ def written_answer(template: ChatTemplate, turns: Turns, tools: Turns | None) ->
             break
         for before, opening in ((turns[:-1], prompt), (bare, None)):
             try:
+                _require_reasoning(template, turns[-1], own=own)
                 opening = template.write(before, tools, prompt=True) if opening is None else opening
                 whole = template.write([*before, turns[-1]], tools, template=None if own else template.training)
                 said, stop, rest = _cut(template, opening, whole)
-                _require_said(template, turns[-1], said, own=own)
+                _require_said(turns[-1], said)
             except ValueError as error:
                 reason = reason or error
             else:
@@ -87,7 +88,11 @@ def written_answer(template: ChatTemplate, turns: Turns, tools: Turns | None) ->
 def _cut(template: ChatTemplate, opening: str, whole: str) -> tuple[str, str, str]:
     """What the whole adds to its opening: before its first stop token, that token, and what comes after."""
     if not whole.startswith(opening):
-        raise ValueError(f"{UNPROVEN} (the prompt ends with {opening[-24:]!r})")
+        same = next((n for n, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), len(whole))
+        raise ValueError(
+            "this chat template writes a finished chat differently from the prompt that is served, so its loss mask cannot "
+            f"be proven: the prompt goes on with {_short(opening[same:])}, the finished chat with {_short(whole[same:])}"
+        )
     parts = re.split(f"({'|'.join(map(re.escape, template.stops)) or '(?!)'})", whole[len(opening) :], maxsplit=1)
     if len(parts) < 3:
         stops = " or ".join(map(repr, template.stops)) or "a stop token"
@@ -97,14 +102,22 @@ def _cut(template: ChatTemplate, opening: str, whole: str) -> tuple[str, str, st
     return parts[0], parts[1], parts[2]
 
 
-def _require_said(template: ChatTemplate, turn: dict[str, Any], said: str, *, own: bool) -> None:
-    """Raise ValueError unless what is written holds all that the turn says."""
-    reasoning = turn.get("reasoning_content") or ""
-    if reasoning and own and "reasoning" in template.drops:
-        raise ValueError("this chat template drops reasoning_content; write it into the turn's text as the model would")
-    parts = [*re.split(r"</?think>", turn["content"]), reasoning, *_called(turn)]
+def _require_reasoning(template: ChatTemplate, turn: dict[str, Any], *, own: bool) -> None:
+    if turn.get("reasoning_content") and own and "reasoning" in template.drops:
+        raise ValueError(
+            "this chat template drops reasoning_content; write it into the turn's text as the model does, or leave it out"
+        )
+
+
+def _require_said(turn: dict[str, Any], said: str) -> None:
+    """Raise ValueError unless what is written holds all that the turn says, and no second block of reasoning."""
+    parts = [*re.split(r"</?think>", turn["content"]), turn.get("reasoning_content") or "", *_called(turn)]
     if lost := [part for part in parts if not _holds(said, part)]:
         raise ValueError(f"this chat template drops or changes what the turn says ({_short(lost[0])})")
+    if 0 < turn["content"].count("</think>") < said.count("</think>"):
+        raise ValueError(
+            "this chat template writes a block of reasoning beside the one in the turn's text; give it as reasoning_content"
+        )
 
 
 def _require_supported(template: ChatTemplate, turns: Turns, tools: Turns | None) -> None:

@@ -123,7 +123,7 @@ def _marked(chat_template: ChatTemplate, turns: Turns, tools: Turns | None, ids:
         return [True] * len(ids)
     found = chat_template.marked(turns, tools)
     if found["input_ids"] != ids:
-        raise ValueError(masks.UNPROVEN)
+        raise ValueError("this chat template marks another text than the one that is trained; take its marks out")
     return [bool(mark) for mark in found["assistant_masks"]]
 
 
