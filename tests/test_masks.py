@@ -359,7 +359,8 @@ def trl_mask(words, turns: list[dict], tools: list[dict] | None) -> tuple[list[i
 TRL_ALSO = {
     "deepseek_r1_distill": {"<｜Assistant｜>", "<think>"},
     "gptoss": {"<|start|>", *"assistant"},
-    **dict.fromkeys(["phi3", "phi3_5"], {"<|endoftext|>"}),
+    "phi3": {"<|endoftext|>"},
+    "phi3_5": {"<|endoftext|>"},
     "qwen3_5_think": {"<think>"},
 }
 

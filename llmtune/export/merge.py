@@ -62,6 +62,7 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     algebra = proof.algebra(reference, readings(merged))
     with artifact.writing(folder / "merged", "model", [adapter]) as draft:
         expected = _shared_once(merged)
+        infer.stop_at_end_of_turn(merged, tokenizer)
         merged.to(getattr(torch, dtype)).save_pretrained(draft.path)
         tokenizer.save_pretrained(draft.path)
         say("  proof: what lies on disk")

@@ -220,6 +220,15 @@ def greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_toke
     )
 
 
+def stop_at_end_of_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Have the model's own generation config stop where its chat template ends a turn; that token, where it did not."""
+    unlisted = template.of(tokenizer).unlisted
+    if unlisted is not None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.generation_config.eos_token_id = greedy_settings(model, tokenizer, 1).eos_token_id
+    return unlisted
+
+
 def pad(rows: Iterable[TokenRow], pad_id: int, device: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Rows -> {"input_ids", "attention_mask"} and labels, each of shape (rows, longest), padded on the right."""
     rows = list(rows)

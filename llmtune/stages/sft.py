@@ -18,9 +18,9 @@ from llmtune.config import Recorded
 from llmtune.config.sft import SftConfig
 from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
-from llmtune.model import freeze, load, quantised
+from llmtune.model import freeze, infer, load, quantised
 from llmtune.progress import say
-from llmtune.training import checkpoints, group, loop, optim, packing, rows, setup, workspace
+from llmtune.training import checkpoints, group, loop, optim, packing, rows, setup, smoke, workspace
 from llmtune.training.trainer import SupervisedTrainer
 
 
@@ -76,7 +76,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             if not checkpoints.last_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
             raise
-        metrics = loop.train(trainer, folder)
+        metrics = {**loop.train(trainer, folder), **smoke.run(trainer, train.rows, tokenizer)}
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
             "base": base.facts(),
@@ -103,6 +103,13 @@ def _write(
         draft.facts["base"]["dtype"] = str(tuned.dtype).removeprefix("torch.")
         if config.trainable:
             draft.facts["trained"] = freeze.trained(trainer.model)
+        if end := infer.stop_at_end_of_turn(tuned, trainer.processing_class):
+            say(
+                f"  the chat template ends a turn with {end!r}, at which the model's generation config does not stop: it is in"
+            )
+            say("  the generation_config.json of the result; what serves it must stop there")
+            if config.adapter:
+                tuned.get_base_model().generation_config.save_pretrained(draft.path)
         tuned.save_pretrained(draft.path, safe_serialization=True)
         trainer.processing_class.save_pretrained(draft.path)
         (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
