@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,9 @@ def generate(
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in own])
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         began = time.perf_counter()
-        with torch.inference_mode(), neutral(model, settings):
+        with torch.inference_mode(), neutral(model, settings), warnings.catch_warnings():
+            # one row at a time has no padding, so that position ids are not missed
+            warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
             out = model.generate(**prefix.before(inputs, whole=True), generation_config=settings)
         out = out[:, prefix.length + width :]
         seconds = time.perf_counter() - began
