@@ -209,13 +209,20 @@ def git_commit() -> str | None:
         return None
 
 
-def _settle(folder: Path) -> None:
-    """Readable by others, and on the disk."""
-    for path in [*folder.rglob("*"), folder]:
+def flush(folder: Path, *, below: bool = True) -> None:
+    """Return when `folder`, and what is below it, would outlast a power cut."""
+    for path in [*(folder.rglob("*") if below else []), folder]:
         if path.is_file() or path.is_dir():
-            path.chmod(0o755 if path.is_dir() else 0o644)
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _settle(folder: Path) -> None:
+    """Readable by others, and on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or path.is_dir():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    flush(folder)

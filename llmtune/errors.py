@@ -72,6 +72,15 @@ class Preempted(LlmtuneError):
     exit_code = 75
 
 
+class Stopped(BaseException):
+    """Leaves whatever is being done after a signal. No Exception, so that no library takes it for a failure of its own; a
+    stage turns it into Preempted, or into KeyboardInterrupt after Ctrl-C (see interruption.py)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known word, or the list when nothing is near and it is short."""
     names = sorted(known)
@@ -83,7 +92,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def ending(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the message a command ends with; None for an error that nobody foresaw."""
-    if isinstance(error, LlmtuneError):
+    if isinstance(error, LlmtuneError | Stopped):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_EXIT, "interrupted; the same command goes on from where it was"

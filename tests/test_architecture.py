@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     **dict.fromkeys(["errors", "ranks", "progress"], 0),
-    **dict.fromkeys(["config", "artifact", "scores", "stats", "plots"], 1),
+    **dict.fromkeys(["config", "artifact", "interruption", "scores", "stats", "plots"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
     **dict.fromkeys(["evaluate", "export", "gate", "registry", "report", "runs"], 4),
@@ -52,6 +52,7 @@ LIGHT = [
     "errors",
     "ranks",
     "progress",
+    "interruption",
 ]
 LIGHT += ["gate", "report", "cli", "cli.tune", "cli.launch", "cli.judge", "cli.deploy", "cli.project", "quickstart"]
 LIGHT += ["runs", "cli.runs"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from llmtune import artifact, config
 from llmtune.errors import ConfigError, DataError, LlmtuneError, Preempted
 from llmtune.stages import sft
-from llmtune.training import callbacks, checkpoints, setup, trainer
+from llmtune.training import callbacks, setup, trainer
 
 ROWS = 16
 
@@ -178,20 +177,6 @@ def test_a_changed_setting_is_not_resumed_into(run_file, monkeypatch) -> None:
             sft.run(run_file())
     with pytest.raises(ConfigError, match=r"train\.learning_rate was 0\.01 and is 0\.02"):
         sft.run(run_file(train__learning_rate=2e-2))
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for step in (2, 4, 6):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "weights").write_text(f"weights of {step}")
-        checkpoints.seal(folder)
-    (tmp_path / "checkpoint-6" / "weights").write_text("weig")
-    (tmp_path / "checkpoint-8").mkdir()
-    assert checkpoints.last_complete(tmp_path) == tmp_path / "checkpoint-4"
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    shutil.rmtree(tmp_path / "checkpoint-2")
-    assert checkpoints.last_complete(tmp_path) is None
 
 
 def test_rows_that_the_trainer_lost_are_noticed(run_file, monkeypatch) -> None:

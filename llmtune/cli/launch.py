@@ -15,6 +15,7 @@ from typing import Any
 
 from llmtune import ranks
 from llmtune.errors import INTERRUPTED_EXIT, ConfigError, Preempted
+from llmtune.interruption import SIGNALS
 
 GRACE_S = 30
 """torch's own: how long a process may take to end once another one has failed."""
@@ -72,7 +73,7 @@ def _passing_on(children: Any) -> Iterator[list[int]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         yield received
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmtune import config, ranks
 from llmtune.config.train import require_divisible
+from llmtune.interruption import Interruption
 from llmtune.progress import say
 
 
@@ -20,7 +21,7 @@ def sft(arguments: argparse.Namespace) -> int:
 
         words = ["sft", str(arguments.config), *arguments.overrides]
         return launch.run(arguments.processes, words + ["--debug"] * arguments.debug, output)
-    with ranks.telling(output):
+    with ranks.telling(output), Interruption():  # from here on: the libraries alone take seconds to load
         from llmtune.stages import sft as stage
 
         made = stage.run(settings, arguments.config)

@@ -18,6 +18,7 @@ from llmtune.config import Recorded
 from llmtune.config.sft import SftConfig
 from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
+from llmtune.interruption import Interruption
 from llmtune.model import freeze, infer, load, quantised
 from llmtune.progress import say
 from llmtune.training import checkpoints, group, loop, optim, packing, rows, setup, smoke, workspace
@@ -29,7 +30,8 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
 
     Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, a whole model in
     `output_dir/model`.
-    An interrupted run goes on from its last whole checkpoint. Raises ConfigError or DataError before any weight is loaded,
+    An interrupted run goes on from its last whole checkpoint; SIGTERM ends it with Preempted, Ctrl-C with KeyboardInterrupt.
+    Raises ConfigError or DataError before any weight is loaded,
     where it follows from the run file and the rows; what only PEFT or transformers can tell comes after.
     Of several processes the first writes the artifact, and each returns it.
     """
@@ -50,7 +52,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
     device = load.choose_device(view.model.device)
     optim.check(config.train, device, place)
     load.require_attention(view.model.attention, device, place)
-    with workspace.hold(output, place):
+    with Interruption() as stop, workspace.hold(output, place):
         prints = rows.fingerprints(view.data)
         base = load.find(view.model.name, quantize=view.model.quantize, trust_remote_code=view.model.trust_remote_code)
         quantised.require_trainable(base, device, view.adapter and view.adapter.method, place)
@@ -73,10 +75,10 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
             batches = packing.layout(view, train)
             view.require_all_read(place)
         except UserError:
-            if not checkpoints.last_complete(folder):
+            if not checkpoints.begun(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
             raise
-        metrics = {**loop.train(trainer, folder), **smoke.run(trainer, train.rows, tokenizer)}
+        metrics = {**loop.train(trainer, folder, stop), **smoke.run(trainer, train.rows, tokenizer)}
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
             "base": base.facts(),

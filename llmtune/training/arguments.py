@@ -61,7 +61,7 @@ def to_trl(
         "prediction_loss_only": True,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": None,  # checkpoints.rotate: transformers deletes an older one before the new one is sealed
         "restore_callback_states_from_checkpoint": True,  # early stopping's patience, on resume
         "load_best_model_at_end": validated,
         "metric_for_best_model": "loss" if validated else None,

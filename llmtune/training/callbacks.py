@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from llmtune.artifact import write_atomically
 from llmtune.errors import LlmtuneError
+from llmtune.interruption import Interruption
 from llmtune.progress import Progress, say
 from llmtune.training import checkpoints, group
 
@@ -31,9 +30,10 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [line for line in read_metrics(self.file) if line["step"] <= state.global_step]
+            if control.should_evaluate:  # this step's validation was cut short, and comes again
+                kept = [line for line in kept if not (line["step"] == state.global_step and "validation_loss" in line)]
+            write_atomically(self.file, "".join(f"{json.dumps(line)}\n" for line in kept))
         self.seconds, self.tokens = 0.0, self.trainer.seen_tokens
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -58,6 +58,12 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         if len(line) > 2 and state.is_world_process_zero:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that a killed process left unfinished."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
@@ -103,41 +109,60 @@ def note(line: dict[str, Any]) -> str:
 
 
 class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """A checkpoint counts once it is sealed; only then are the ones that it replaces deleted."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.saved_step = state.global_step
         group.wait()  # each process writes the state of its own random numbers
         if state.is_world_process_zero:
-            checkpoints.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir)
+            checkpoints.seal(folder / f"checkpoint-{state.global_step}")
+            checkpoints.rotate(folder, best_step=state.best_global_step)
         group.wait()
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint; a second one ends it at once."""
+class GoOn(TrainerCallback):  # type: ignore[misc]
+    """What transformers forgets on resume: where the best checkpoint lies, a validation that was cut short, and an end.
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
+    A checkpoint's `TrainerControl` says what was still to be done at its step. Comes after every other callback.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        then = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if state.global_step == 0 or not then:
+            return
+        if control.should_evaluate:
+            self.trainer.validate()
+        if state.best_global_step:  # the path is that of the folder before it was moved
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+        control.should_training_stop |= then["should_training_stop"]  # at its last step, or by early stopping
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if received := group.largest(self.received or 0):  # whichever process was signalled, all stop at this step
-            self.received = int(received)
-            control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.restore()
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """After a signal leaves training before the next micro batch, of training or of validation, by raising Stopped.
 
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    What was begun is dropped: the weights are those of the last whole step until the optimizer has stepped, and
+    `SupervisedTrainer.save_last_step` writes that step's checkpoint. Every process comes to `check` in the same order.
+    """
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.restore()
-        say("  stopping after this step, with a checkpoint (once more to stop at once)")
+    def __init__(self, stop: Interruption) -> None:
+        self.stop = stop
+
+    def check(self) -> None:
+        """Raise Stopped where any process was signalled."""
+        self.stop.received = int(group.largest(self.stop.received or 0)) or None
+        self.stop.check()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.check()
+
+    on_substep_end = on_prediction_step = on_step_begin
 
 
 def peak_memory_gb() -> float:

@@ -2,63 +2,64 @@
 
 from __future__ import annotations
 
-import json
-import signal
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import LlmtuneError, Preempted
+from llmtune.errors import LlmtuneError, Stopped
+from llmtune.interruption import Interruption
 from llmtune.progress import say
 from llmtune.training import checkpoints, gap, group
-from llmtune.training.callbacks import MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal
+from llmtune.training.callbacks import GoOn, MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal, read_metrics
 from llmtune.training.trainer import SupervisedTrainer
 
 
-def train(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
+def train(trainer: SupervisedTrainer, folder: Path, stop: Interruption) -> dict[str, Any]:
     """Train, from the last whole checkpoint in `folder` where there is one. Returns the run's metrics.
 
-    Raises Preempted after SIGTERM and KeyboardInterrupt after Ctrl-C, each with a checkpoint written.
+    A signal ends training before its next micro batch, with a checkpoint of the last whole step: raises Stopped, which
+    `stop` turns into Preempted or KeyboardInterrupt.
     """
     metrics = MetricsFile(folder / "metrics.jsonl", trainer)
-    stop, display = StopOnSignal(), ProgressDisplay(metrics)
-    for callback in (gap.Window(trainer), SealCheckpoints(), metrics, display, stop):
+    display, on_signal = ProgressDisplay(metrics), StopOnSignal(stop)
+    window, seals = gap.Window(trainer), SealCheckpoints(trainer)
+    for callback in (window, seals, metrics, display, GoOn(trainer), on_signal):
         trainer.add_callback(callback)
-    resume = _common(checkpoints.last_complete(folder))
+    resume = _newest(folder)
     if resume:
         say(f"  resuming from {resume.name}")
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if not trainer.args.load_best_model_at_end:
-            trainer.optimizer.eval()  # the weights of a schedule-free optimizer are its mean; no other has an eval
+        with stop.gently():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            on_signal.check()
+    except Stopped as stopped:
+        trainer.save_last_step()
+        if step := trainer.state.global_step:
+            stopped.args = (f"stopped at step {step}; the same command goes on from there",)
+        raise
     finally:
         display.close()
-        stop.restore()
-    if stop.received is not None:
-        done = f"stopped at step {trainer.state.global_step}; the same command goes on from there"
-        if stop.received == signal.SIGTERM:
-            raise Preempted(done)
-        say(f"  {done}")
-        raise KeyboardInterrupt
+    if not trainer.args.load_best_model_at_end:
+        trainer.optimizer.eval()  # the weights of a schedule-free optimizer are its mean; no other has an eval
     measured: dict[str, Any] = group.from_first(lambda: _metrics(trainer, folder))
     if measured["overfitting"]:
         say(f"  {gap.told(measured['overfitting'])}")
     return measured
 
 
-def _common(found: Path | None) -> Path | None:
-    """The checkpoint that every process found whole. Raises LlmtuneError where they lie on different machines."""
-    name = group.from_first(lambda: found.name if found else None)
-    if group.largest(name != (found.name if found else None)):
+def _newest(folder: Path) -> Path | None:
+    """The checkpoint to go on from. Raises LlmtuneError where the processes do not share the folder that it lies in."""
+    name = group.from_first(lambda: found.name if (found := checkpoints.resumable(folder)) else None)
+    if group.largest(name is not None and not (folder / name / checkpoints.SEAL).is_file()):
         raise LlmtuneError(
             f"the first process resumes from {name}, and another machine has not that checkpoint: to resume on several "
             "machines, output_dir must be a folder that they share; or remove it on each to start anew"
         )
-    return found
+    return folder / name if name else None
 
 
 def _metrics(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
     # from the file, which an interruption does not cut short: the whole run's, not this process's
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(folder / "metrics.jsonl")
     logged = [line for line in lines if "loss" in line]
     tokens, seconds = sum(line["tokens"] for line in logged), sum(line["seconds"] for line in logged)
     best = trainer.state.best_model_checkpoint

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
@@ -33,6 +35,10 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     learned = (0.0, 0.0)
     validated = (0.0, 0.0)
     """Sums of losses and of the weights of supervised tokens in this process: of training since the last validation, and of validation."""
+    saved_step: int | None = None
+    """The step of the last checkpoint that this process wrote."""
+    _last_step: tuple[Any, ...] | None = None
+    """What a step that is dropped half-way has touched, as it was after the last whole one: random numbers and `learned`."""
     rates = optim.Rates()
 
     def __init__(self, *, model: Any, blanks: int = 0, **settings: Any) -> None:
@@ -89,7 +95,9 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         Beside it stand the mean training loss over the tokens of all steps since the last validation, and the gap.
         """
         self.validated = (0.0, 0.0)
-        output = super().evaluation_loop(*arguments, **settings)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # to validate more or less often trains no other model
+            output = super().evaluation_loop(*arguments, **settings)
         loss, tokens, learned, learned_tokens = group.total([*self.validated, *self.learned])
         output.metrics["eval_loss"] = loss / tokens
         if learned_tokens:
@@ -97,6 +105,32 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             output.metrics["eval_gap"] = loss / tokens - learned / learned_tokens
         self.learned = (0.0, 0.0)
         return output
+
+    def validate(self) -> None:
+        """Validate at this step, as training does when it is this step's turn."""
+        self._determine_best_metric(self._evaluate(None, None), None)
+
+    def save_last_step(self) -> None:
+        """Write the checkpoint of the last whole optimizer step of this process, if there is one and it is not written yet.
+
+        What came after that step must not have reached the optimizer. The weights, its state and the schedule are then those of
+        that step; the random numbers are set back to it; a validation that was not finished stands in the checkpoint as due.
+        """
+        if self._last_step is None or self.saved_step == self.state.global_step:
+            return
+        random_states, self.learned = self._last_step
+        _set_random(random_states)
+        self._save_checkpoint(self.model, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
+        self._last_step = _get_random(), self.learned
+        super()._maybe_log_save_evaluate(*arguments, **settings)
+        self._last_step = _get_random(), self.learned
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        if not self.control.should_training_stop:  # transformers would train one more step when resumed at its last
+            super()._run_epoch(*arguments, **settings)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -133,6 +167,20 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_best_model(self) -> None:
         if not _restore_adapter(self.model, Path(self.state.best_model_checkpoint)):
             super()._load_best_model()
+
+
+def _get_random() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
+
+
+def _set_random(states: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
 
 
 class LengthBuckets(Sampler[int]):  # type: ignore[misc]
