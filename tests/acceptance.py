@@ -162,7 +162,8 @@ def a_4_bit_base_costs_little(short: bool, folder: Path) -> Iterator[Outcome]:
     if not file.exists():
         yield Outcome(claim, "data absent", "held-out loss within 0.10", None)
         return
-    rows = [row for row in json.loads(file.read_text(encoding="utf-8")) if 20 < sum(map(len, row.values())) < 400]
+    known = {json.dumps(row, sort_keys=True): row for row in json.loads(file.read_text(encoding="utf-8"))}
+    rows = [row for row in known.values() if 20 < sum(map(len, row.values())) < 400]
     for name, part in (("train", rows[:200]), ("validation", rows[200:232])):
         (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
     run = folder / "qlora.yaml"

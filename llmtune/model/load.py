@@ -163,7 +163,9 @@ def load_model(
     how: dict[str, Any] = {}
     if source.quantised:  # such weights are put in their place as they are read: transformers does not move them later
         quantised.require_loadable(source, place)
-        how["device_map"] = {"": place}
+        how["device_map"] = {
+            "": torch.cuda.current_device() if place == "cuda" else place
+        }  # accelerate asks for the number
     if source.quantize:
         how["quantization_config"] = quantised.settings(source.quantize, kind)
     with _named(source):
