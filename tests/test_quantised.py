@@ -85,6 +85,23 @@ OPTIONS = {
 }
 
 
+def curve(folder: Path, kind: str, method: str, *, plain: bool) -> list[float]:
+    """Losses of a few steps of `method`, on the quantised base or on the same base dequantised."""
+    model = base(folder, kind)
+    model = quantised.dequantised(model, torch.float32) if plain else model
+    fields = AdapterConfig(method=method, **OPTIONS.get(method, {}))
+    model = adapters.build_adapter(model, fields, "float32", 1e-2, seed=0).train()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(4):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
 @pytest.mark.parametrize("method", sorted(peft_methods.ON_8_BITS))
 @KINDS
 @pytest.mark.filterwarnings(
@@ -95,23 +112,28 @@ def test_a_method_trains_on_a_quantised_base_as_on_the_same_base_dequantised(tin
         with pytest.raises(ValueError, match=f"PEFT's {method} does not train rightly on nf4 weights.*lora"):
             peft_methods.check_quantised(method, kind)
         return
-    curves = []
-    for plain in (True, False):
-        model = base(tiny_folder, kind)
-        model = quantised.dequantised(model, torch.float32) if plain else model
-        fields = AdapterConfig(method=method, **OPTIONS.get(method, {}))
-        model = adapters.build_adapter(model, fields, "float32", 1e-2, seed=0).train()
-        optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
-        curve = []
-        for _ in range(4):
-            loss = model(input_ids=IDS, labels=IDS).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append(loss.item())
-        curves.append(curve)
-    assert curves[0][-1] < curves[0][0]
-    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    plain, quantised_one = curve(tiny_folder, kind, method, plain=True), curve(tiny_folder, kind, method, plain=False)
+    assert plain[-1] < plain[0]
+    assert quantised_one == pytest.approx(plain, abs=1e-5)
+
+
+@KINDS
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_method_that_is_refused_fails_or_trains_on_something_else(tiny_folder, kind) -> None:
+    """So that one which PEFT makes right is let in, and a new one is looked at."""
+    more_than_tokens = {"cpt", "multitask_prompt_tuning", "poly", "xlora"}  # want inputs that no row of ours has
+    able = peft_methods.ON_8_BITS if kind == "int8" else peft_methods.ON_4_BITS
+    for method in sorted(peft_methods.methods().keys() - able - more_than_tokens):
+        try:
+            found = curve(tiny_folder, kind, method, plain=False)
+        except (ConfigError, RuntimeError, TypeError, ValueError):
+            continue
+        assert found != pytest.approx(curve(tiny_folder, kind, method, plain=True), abs=1e-3), method
+
+
+def test_the_page_counts_the_methods() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "quantised.md").read_text(encoding="utf-8")
+    assert f"{len(peft_methods.ON_4_BITS)} methods" in page
 
 
 @KINDS
