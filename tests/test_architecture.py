@@ -54,7 +54,18 @@ LIGHT = [
     "progress",
     "interruption",
 ]
-LIGHT += ["gate", "report", "cli", "cli.tune", "cli.launch", "cli.judge", "cli.deploy", "cli.project", "quickstart"]
+LIGHT += [
+    "gate",
+    "report",
+    "cli",
+    "cli.tune",
+    "cli.data",
+    "cli.launch",
+    "cli.judge",
+    "cli.deploy",
+    "cli.project",
+    "quickstart",
+]
 LIGHT += ["runs", "cli.runs"]
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval", "scipy", "pandas", "matplotlib"]
 

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
+import families
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from llmtune.config.data import ColumnMap
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.rows import fingerprint, read_rows
+from llmtune.data.tokens import IGNORED, encode_chat
 from llmtune.errors import ConfigError, DataError, LlmtuneError
 
 QUESTION, ANSWER = {"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "Four, naïvely."}
@@ -197,6 +200,139 @@ def test_a_sealed_row_is_for_evaluation_only(tmp_path):
     source = write(tmp_path, "jsonl", [turns(*PAIR), {**turns(*PAIR), "sealed": True}])
     assert problems(source) == ["is sealed: it belongs to a test split, which training must not see"]
     assert len(chats(source, training=False)) == 2
+
+
+# ---- tool calls, results, reasoning, weights
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+RESULT = {"role": "tool", "content": "4"}
+SCHEMA = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}
+
+
+def one(folder: Path, row: dict, kind: str = "jsonl", **more) -> Chat:
+    (chat,) = chats(write(folder, kind, [row]), **more)
+    return chat
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"function": {"name": "add", "arguments": '{"a": 2}'}},  # as OpenAI sends it
+        {"name": "add", "arguments": {"a": 2}},
+    ],
+)
+def test_a_tool_call_in_any_of_its_shapes(tmp_path, call):
+    row = turns(QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}, RESULT, ANSWER)
+    chat = one(tmp_path, {**row, "tools": [SCHEMA]})
+    assert chat.turns[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert chat.turns[2] == RESULT
+    assert chat.tools == [{"type": "function", "function": SCHEMA}]
+    assert one(tmp_path, {**row, "tools": json.dumps([{"type": "function", "function": SCHEMA}])}).tools == chat.tools
+    assert one(tmp_path, {**row, "tools": "[]"}).tools is None
+    bare = one(tmp_path, turns(QUESTION, {"role": "assistant", "tool_calls": [call]}))
+    assert bare.turns[-1]["tool_calls"] == [CALL]  # an answer that is a call, with nothing said
+
+
+def test_calls_and_results_that_name_each_other(tmp_path):
+    called = {"role": "assistant", "content": "I add.", "tool_calls": [{**CALL, "id": "c1"}, {**CALL, "id": "c2"}]}
+    results = [{**RESULT, "tool_call_id": "c2", "name": "add"}, {**RESULT, "tool_call_id": "c1"}]
+    found = one(tmp_path, turns(QUESTION, called, *results, ANSWER)).turns
+    assert [call["id"] for call in found[1]["tool_calls"]] == ["c1", "c2"]
+    assert found[2:4] == results
+    source = write(tmp_path, "jsonl", [turns(QUESTION, called, {**RESULT, "tool_call_id": "c3"}, ANSWER)])
+    assert problems(source) == ["rows.jsonl:1: turn 3: its tool_call_id is none of the calls' (c1, c2)"]
+
+
+def test_sharegpt_calls_and_observations(tmp_path):
+    row = {
+        "conversations": [
+            {"from": "human", "value": "2 and 2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "Four."},
+        ],
+        "tools": json.dumps([SCHEMA]),
+    }
+    chat = one(tmp_path, row)
+    assert chat.turns[1:3] == [{"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]
+    assert chat.tools == [{"type": "function", "function": SCHEMA}]
+
+
+def test_what_an_answer_thought_and_what_it_weighs(tmp_path):
+    row = turns(QUESTION, {**ANSWER, "reasoning_content": "Hm.", "weight": 0}, QUESTION, {**ANSWER, "weight": 2.5})
+    first, last = one(tmp_path, row).turns[1::2]
+    assert (first["reasoning_content"], first["weight"], last["weight"]) == ("Hm.", 0, 2.5)
+    assert "weight" not in one(tmp_path, turns(QUESTION, {**ANSWER, "weight": None})).turns[1]
+
+
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+NO_CALL = "turn 2: a tool call is an object with a name and arguments, such as {name: add, arguments: {a: 1}}"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (turns(QUESTION, CALLED, ANSWER), "turn 3 is the assistant's, and the tool's is due"),
+        (turns(QUESTION, CALLED, RESULT, QUESTION, ANSWER), "turn 4 is the user's, and the tool's or the assistant's is due"),
+        (turns(QUESTION, CALLED, RESULT), "has no answer"),
+        (turns(QUESTION, RESULT, ANSWER), "turn 2 is the tool's, and the assistant's is due"),
+        (turns(QUESTION, CALLED, {**RESULT, "content": {"sum": 4}}, ANSWER), "turn 3: its text is dict, not a string"),
+        (turns(QUESTION, {**CALLED, "tool_calls": "add(2)"}), NO_CALL),
+        (turns(QUESTION, {**CALLED, "tool_calls": [{"name": "add", "arguments": "{a: 2"}]}), NO_CALL),
+        (turns(QUESTION, {**CALLED, "tool_calls": [{**CALL, "index": 0}]}), NO_CALL),
+        (turns(QUESTION, {**CALLED, "tool_calls": [{"arguments": {}}]}), NO_CALL),
+        (turns(QUESTION, {**ANSWER, "weight": -1}), "turn 2: its weight is -1, and a number from 0 up is needed"),
+        (turns(QUESTION, {**ANSWER, "weight": True}), "turn 2: its weight is True, and a number from 0 up is needed"),
+        (turns(QUESTION, {**ANSWER, "reasoning_content": ["Hm."]}), "turn 2: its reasoning_content is list, not a string"),
+        (turns(QUESTION, {**ANSWER, "tool_call_id": "c1"}), "turn 2: 'tool_call_id' is not supported on a turn of the assistant, and would be lost"),
+        ({**turns(*PAIR), "tools": "add"}, "its tools are not a list of JSON schemas"),
+        ({**turns(*PAIR), "tools": [{"description": "adds"}]}, "its tool 1 has no name"),
+    ],
+)  # fmt: skip
+def test_a_bad_turn_of_tools_is_named(tmp_path, row, problem):
+    assert problems(write(tmp_path, "jsonl", [row])) == [f"rows.jsonl:1: {problem}"]
+
+
+def test_objects_in_parquet_have_the_keys_of_all_rows(tmp_path):
+    other = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "sub", "arguments": {"b": 1}}}],
+    }
+    rows = [turns(QUESTION, CALLED), turns(QUESTION, other)]
+    assert "tools or arguments hold null" in problems(write(tmp_path, "parquet", rows))[0]
+    for row, turn in zip(rows, (CALLED, other), strict=True):
+        call = turn["tool_calls"][0]["function"]
+        row["messages"][1] = {**turn, "tool_calls": [{**call, "arguments": json.dumps(call["arguments"])}]}
+    found = chats(write(tmp_path, "parquet", rows))
+    assert [chat.turns[1]["tool_calls"][0]["function"]["arguments"] for chat in found] == [{"a": 2}, {"b": 1}]
+
+
+GLAIVE = Path(os.environ.get("LLMTUNE_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
+
+
+@pytest.mark.skipif(not GLAIVE.is_dir(), reason="the public test data is not here")
+def test_a_public_set_of_tool_calls():
+    file = GLAIVE / "llamafactory" / "glaive_toolcall_en_demo.json"
+    raw, found, words = json.loads(file.read_text()), chats(str(file)), families.tokenizer("qwen2_5")
+    assert len(found) == len(raw) == 300
+    for row, chat in zip(raw, found, strict=True):
+        said = {
+            role: [turn["value"] for turn in row["conversations"] if turn["from"] == role]
+            for role in ("gpt", "function_call", "observation")
+        }
+        assert [turn["content"] for turn in chat.turns if turn["role"] == "tool"] == said["observation"]
+        calls = [turn["tool_calls"][0]["function"] for turn in chat.turns if "tool_calls" in turn]
+        assert calls == [json.loads(text) for text in said["function_call"]]
+        encoded = encode_chat(words, chat.turns, chat.tools)
+        supervised = words.decode([label for label in encoded.labels if label != IGNORED])
+        answers = [turn["value"] for turn in row["conversations"] if turn["from"] in ("gpt", "function_call")]
+        assert supervised.count("<|im_end|>") == len(answers)
+        assert all(text in supervised for text in said["gpt"])
+        assert not any(text in supervised for text in said["observation"] if len(text) > 20)
+        assert all(tool["function"]["name"] in words.decode(encoded.input_ids) for tool in chat.tools or [])
 
 
 # ---- bad files

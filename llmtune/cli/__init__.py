@@ -39,7 +39,11 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word[0] == "-" or "=" not in word for word in rest)):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]  # argparse takes none that stand behind an option
     if not getattr(arguments, "run", None):
         _parser().print_help()
         return 2
@@ -151,7 +155,17 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             _argument("folder", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here"),
         ],
     ),
-    "data check": ("tune:data_check", "read and encode every row, and name the bad ones", [CONFIG, OVERRIDES, JSON]),
+    "data check": ("data:check", "read and encode every row, and name the bad ones", [CONFIG, OVERRIDES, JSON]),
+    "data preview": (
+        "data:preview",
+        "show rows as the model reads them, with what carries loss marked",
+        [
+            CONFIG,
+            OVERRIDES,
+            _argument("--rows", type=_positive, default=3, metavar="N", help="how many, from the first; default: 3"),
+            _argument("--split", choices=["train", "validation"], default="train", help="default: train"),
+        ],
+    ),
     "sft": (
         "tune:sft",
         "fine-tune on chats: LoRA, any other PEFT method, or the whole model",

@@ -1,9 +1,8 @@
-"""`llmtune sft` and `llmtune data check`."""
+"""`llmtune sft`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from llmtune import config, ranks
@@ -39,32 +38,4 @@ def sft(arguments: argparse.Namespace) -> int:
         + f"\n      llmtune merge {made.path.parent}" * (made.kind == "adapter")
     )
     print(made.path)
-    return 0
-
-
-def data_check(arguments: argparse.Namespace) -> int:
-    settings = config.load(arguments.config, arguments.overrides, "sft")
-    from llmtune.data.chats import load_chats
-    from llmtune.data.tokens import Counts, encode_chats
-    from llmtune.model import load
-
-    base = load.find(settings.model.name)
-    tokenizer = load.load_tokenizer(base, trust_remote_code=settings.model.trust_remote_code)
-    table = {}
-    for split in ("train", "validation"):
-        sources = getattr(settings.data, split)
-        if sources is None:
-            continue
-        counts, data = Counts(), settings.data
-        chats = load_chats(sources, data.format, data.columns, training=True)
-        for _ in encode_chats(chats, tokenizer, data.max_length, data.overlong, counts, data.train_on):
-            pass
-        table[split] = counts.facts()
-    if arguments.json:
-        print(json.dumps(table, indent=1))
-        return 0
-    for split, facts in table.items():
-        print(split)
-        for name, value in facts.items():
-            print(f"  {name.replace('_', ' '):<20}{value:>12,}")
     return 0

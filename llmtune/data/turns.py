@@ -65,14 +65,14 @@ def _call(raw: Any) -> dict[str, Any] | None:
     """{"type": "function", "function": {"name", "arguments": an object}}, with an "id" where there is one."""
     if not isinstance(raw, dict):
         return None
-    bare = {key: value for key, value in raw.items() if key not in ("id", "type")}
+    bare = {key: value for key, value in raw.items() if key not in ("id", "type") and value is not None}
     function = bare.get("function", bare)
     if (function is not bare and len(bare) > 1) or not isinstance(function, dict):
         return None
     arguments = _parsed(function.get("arguments") or {})
     if function.keys() - {"name", "arguments"} or not isinstance(function.get("name"), str):
         return None
-    if not isinstance(arguments, dict) or raw.get("type", "function") != "function":
+    if not isinstance(arguments, dict) or (raw.get("type") or "function") != "function":
         return None
     identity = {"id": raw["id"]} if raw.get("id") else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
