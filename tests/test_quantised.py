@@ -73,7 +73,7 @@ def run_file(tmp_path: Path, tiny_folder: Path, chat_rows):
 
 
 OPTIONS = {
-    "adalora": {"total_step": 10, "init_r": 4, "target_r": 2},
+    "adalora": {"init_r": 4, "target_r": 2},
     "adaption_prompt": {"adapter_layers": 2, "adapter_len": 4},
     "c3a": {"block_size": 32},
     "road": {"group_size": 32},
@@ -90,7 +90,7 @@ def curve(folder: Path, kind: str, method: str, *, plain: bool) -> list[float]:
     model = base(folder, kind)
     model = quantised.dequantised(model, torch.float32) if plain else model
     fields = AdapterConfig(method=method, **OPTIONS.get(method, {}))
-    model = adapters.build_adapter(model, fields, "float32", 1e-2, seed=0).train()
+    model = adapters.build_adapter(model, fields, "float32", 1e-2, seed=0, steps=10).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     found = []
     for _ in range(4):

@@ -1,6 +1,7 @@
 """Which methods the installed PEFT has and which fields each takes, read from its source without importing it.
 
 Importing PEFT imports torch (seconds); its registrations and dataclasses parse in a tenth of one, so a typo costs nothing.
+What PEFT would take without a word, and then do nothing or something else with, is refused here by name.
 """
 
 from __future__ import annotations
@@ -36,23 +37,93 @@ ON_8_BITS = ON_4_BITS | {"loha", "lokr"}
 """The same for an int8 base. Several of the others take the stored integers for weights there and say nothing."""
 
 
+REFUSED = {
+    "xlora": "it trains a router over finished LoRA adapters, and a run here has none; train one lora adapter",
+}
+"""Methods that do not fit a run on a causal language model, each with the reason."""
+
+NEEDED = {
+    "adaption_prompt": {"adapter_len": "10", "adapter_layers": "8"},
+    "cpt": {"cpt_token_ids": "[12, 34, 56], the ids of the tokens the prompt begins as"},
+    "trainable_tokens": {"token_indices": "[3, 4], the ids of the tokens to train"},
+}
+"""Fields whose default means nothing, each with an example. Virtual tokens are needed by every method that has them."""
+
+WITHOUT_EFFECT = {
+    "adalora": {
+        "r": "AdaLoRA starts from init_r and ends at target_r; set those",
+        "total_step": "follows from the run's steps; remove it",
+        "rank_pattern": "AdaLoRA finds it; remove it",
+    },
+    "adamss": {"use_asa": "its scores are not part of a checkpoint, so a resumed run would be another; remove it"},
+    "cpt": {
+        "num_virtual_tokens": "is the number of cpt_token_ids; remove it",
+        "opt_weighted_loss_type": "the loss of a run is that of its answers; remove it",
+        "opt_loss_decay_factor": "the loss of a run is that of its answers; remove it",
+    },
+    "lora": {
+        "arrow_config": "it routes between finished adapters, and a run here trains one; remove it",
+        "layer_replication": "it gives the base more layers, so that switching the adapter off no longer gives the base; remove it",
+        "megatron_config": "the base is not a Megatron model; remove it",
+        "megatron_core": "the base is not a Megatron model; remove it",
+        "runtime_config": "nothing of it is stored with the adapter; remove it",
+        "use_qalora": "PEFT has it for GPTQ layers only; remove it",
+        "qalora_group_size": "PEFT has it for GPTQ layers only; remove it",
+    },
+    "multitask_prompt_tuning": {"num_tasks": "rows carry no task, so there is one; remove it"},
+    "poly": {"n_tasks": "rows carry no task, so there is one; remove it"},
+    "prompt_tuning": {"tokenizer_kwargs": "only with prompt_tuning_init: TEXT"},
+}
+"""Fields that do nothing in a run here, or something that it must not do: method -> field -> what to do."""
+
+RANKS = ("r", "init_r", "target_r", "rank", "module_rank", "shadow_r")
+
+
 def known_method(name: str) -> str:
-    """`name` when PEFT has that method. Raises ValueError naming the nearest one."""
+    """`name` when a run can train it. Raises ValueError naming the nearest method, or why this one does not fit."""
     if name not in methods():
-        raise ValueError(f"PEFT has no method '{name}'{did_you_mean(name, methods())}")
+        hint = did_you_mean(name, methods()) or f"; it has {', '.join(sorted(methods().keys() - REFUSED))}"
+        raise ValueError(f"PEFT has no method '{name}'{hint}")
+    if name in REFUSED:
+        raise ValueError(f"{name} does not fit: {REFUSED[name]}")
     return name
 
 
 def check_fields(method: str, fields: dict[str, object]) -> None:
-    """Raises ValueError for a field that PEFT's config of `method` does not have, or that llmtune sets itself."""
-    allowed = fields_of(method)
+    """Raises ValueError for a field that is not one of PEFT's config of `method`, that has no effect in a run, that is
+    missing, or whose rank is none."""
     for name in fields:
-        if name in OURS:
-            raise ValueError(f"adapter.{name}: set by llmtune itself; remove it")
-        if name not in allowed:
+        _check_field(method, name)
+    for name, value in fields.items():
+        if name in RANKS and isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"adapter.{name}: {value} is no rank, and would train nothing; use 1 or more, such as 8")
+        if name == "bias" and value != "none":
             raise ValueError(
-                f"adapter.{name}: not a field of PEFT's {methods()[method]}{did_you_mean(name, allowed - OURS)}"
+                f"adapter.bias: {value!r} trains the base's own biases, so that switching the adapter off no longer "
+                "gives the base; remove it"
             )
+    for name, example in needed(method).items():
+        if not fields.get(name):
+            raise ValueError(f"adapter.{name}: {method} needs it, for example {name}: {example}")
+
+
+def needed(method: str) -> dict[str, str]:
+    """Fields that a run file has to set, each with an example."""
+    virtual = method != "cpt" and "num_virtual_tokens" in fields_of(method)
+    return {**NEEDED.get(method, {}), **({"num_virtual_tokens": "20"} if virtual else {})}
+
+
+def _check_field(method: str, name: str) -> None:
+    if name in OURS:
+        raise ValueError(f"adapter.{name}: set by llmtune itself; remove it")
+    allowed = fields_of(method) - OURS
+    if name not in allowed:
+        owners = sorted((other for other in methods() if name in fields_of(other)), key=lambda other: other != "lora")
+        whose = f"; it is a field of {', '.join(owners[:3])}{', ...' if owners[3:] else ''}" if owners else ""
+        near = did_you_mean(name, allowed) if not owners else ""
+        raise ValueError(f"adapter.{name}: not a field of PEFT's {methods()[method]}{whose}{near}")
+    if why := WITHOUT_EFFECT.get(method, {}).get(name):
+        raise ValueError(f"adapter.{name}: has no effect with {method}: {why}")
 
 
 def check_quantised(method: str, quantised: str) -> None:

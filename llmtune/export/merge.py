@@ -17,6 +17,12 @@ from llmtune.export import candidates, proof
 from llmtune.model import adapters, infer, load
 from llmtune.progress import say
 
+NO_MERGE = {
+    "adaption_prompt": "it adds a gated attention to prompts of its own, which no weight of the base computes",
+    "lily": "it mixes its experts anew for every batch, so there is no one change of the weights",
+    "poly": "it mixes its skills anew for every row's task, so there is no one change of the weights",
+}
+"""Methods that PEFT cannot merge without saying why; what it says itself is passed on."""
 PROBES, HELD_OUT, TEXTS, TEXT_TOKENS = 12, 32, 6, 24
 
 
@@ -46,7 +52,7 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     say("  proof: the live adapter")
     prompts = [encode_prompt(tokenizer, chat.prompt, chat.tools) for chat in chats[:TEXTS]]
     live_model = adapters.attach(load.load_model(base, evaluated_in if base.quantised else dtype), base, adapter)
-    _assert_mergeable(live_model, adapter)
+    assert_mergeable(live_model, adapter)
     evaluated = live = readings(live_model)
     said = infer.generate(live_model, tokenizer, prompts, TEXT_TOKENS, TEXTS)
     del live_model
@@ -58,7 +64,7 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     reference_model = chosen.attached(base, adapter, "float32")
     reference = readings(reference_model)
     say("  proof: merged in float32")
-    merged = _merge(reference_model, adapter)
+    merged = merge_into_base(reference_model, adapter)
     algebra = proof.algebra(reference, readings(merged))
     with artifact.writing(folder / "merged", "model", [adapter]) as draft:
         expected = _shared_once(merged)
@@ -100,22 +106,29 @@ def _probe_chats(adapter: Artifact) -> list[Chat]:
     return list(load_chats(str(items), columns=ColumnMap(user=["prompt"], assistant="answer"), training=False))
 
 
-def _assert_mergeable(model: Any, adapter: Artifact) -> None:
-    """Methods that put tokens before the text have no weights to merge, and some others have no merge in PEFT."""
-    if infer.has_virtual_tokens(model) or not hasattr(model.base_model, "merge_and_unload"):
-        method = adapter.manifest["config"]["adapter"]["method"]
-        raise ConfigError(
-            adapter.path,
-            f"a {method} adapter cannot be merged: it adds to the input, not to the weights; serve it as an adapter",
-        )
+def assert_mergeable(model: Any, adapter: Artifact) -> None:
+    """Raises ConfigError with the reason for a method that has no weights of the base to be added to, before any proof is read."""
+    method = adapter.manifest["config"]["adapter"]["method"]
+    if infer.has_virtual_tokens(model):
+        why = "it puts tokens of its own before the text and leaves the weights as they are"
+    elif reason := NO_MERGE.get(method):
+        why = reason
+    elif not hasattr(model.base_model, "merge_and_unload"):
+        why = "PEFT has no merge for it"
+    else:
+        return
+    raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {why}; serve it as an adapter")
 
 
-def _merge(model: Any, adapter: Artifact) -> Any:
+def merge_into_base(model: Any, adapter: Artifact) -> Any:
+    """The base with the adapter added into its weights. Raises ConfigError with the reason where there is no such sum."""
+    assert_mergeable(model, adapter)
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
         method = adapter.manifest["config"]["adapter"]["method"]
-        raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {error}") from None
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {why}; serve it as an adapter") from None
 
 
 def _shared_once(model: Any) -> dict[str, torch.Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +14,9 @@ from safetensors import safe_open
 
 from llmtune.artifact import Artifact
 from llmtune.config.train import AdapterConfig
-from llmtune.errors import ArtifactError, ConfigError
+from llmtune.errors import ArtifactError, ConfigError, LlmtuneError
 from llmtune.model.load import Source
+from llmtune.progress import say
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,43 +24,51 @@ if TYPE_CHECKING:
 
 BF16_LEARNING_RATE = 1e-4
 """Below this, an update is often smaller than bfloat16's step (2^-8 of the weight) and is rounded away."""
+BF16_HALF_STEP = 2**-9
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What AdaLoRA's allocator has learned about each weight's importance."""
 
 
 def build_adapter(
-    model: PreTrainedModel, adapter: AdapterConfig, dtype: str, learning_rate: float, seed: int
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    dtype: str,
+    learning_rate: float,
+    seed: int,
+    *,
+    steps: int | None = None,
 ) -> PeftModel:
     """`model` with a new adapter, its weights drawn from `seed`.
 
-    dtype: "auto" keeps the base's dtype, except float32 for learning rates below BF16_LEARNING_RATE. PEFT's own default,
-    float32 adapters on a bfloat16 base, costs a third of the speed on a CPU.
+    dtype: "auto" keeps the base's dtype, except float32 where bfloat16 would round the updates of this learning rate away.
+    PEFT's own default, float32 adapters on a bfloat16 base, costs a third of the speed on a CPU.
+    steps: optimizer steps of the run, which AdaLoRA's schedule ends at.
     Raises ConfigError with PEFT's reason when the fields do not fit each other or the model.
     """
     import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     torch.manual_seed(seed)
-    given = set(model.parameters())
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.method.upper())]
-    keep = dtype == "bfloat16" or (dtype == "auto" and learning_rate >= BF16_LEARNING_RATE)
-    keep = keep and model.dtype != torch.float16  # a checkpoint quantised on disk may be: no format to train in
+    before, given = _probe(model), set(model.parameters())
     try:
-        config = config_class(task_type="CAUSAL_LM", **adapter.options)
-        before = _probe(model)
-        made = peft.get_peft_model(model, config, autocast_adapter_dtype=not keep)
-    except (TypeError, ValueError) as error:
-        reason = str(error)
-        if "arget modules" in reason:
-            leaves = {
-                name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-            }
-            reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
-        raise ConfigError("adapter", reason) from None
+        with peft_warnings():
+            made = peft.get_peft_model(model, peft_config(adapter, steps), autocast_adapter_dtype=False)
+    except (TypeError, ValueError, AttributeError) as error:
+        schedule = f" (total_step is the {steps} steps of the run)" if "total_step" in str(error) else ""
+        raise ConfigError("adapter", _reason(error, model) + schedule) from None
     except RuntimeError as error:
         if "floating point" not in str(error):
             raise
         raise ConfigError("adapter", "asks for a gradient of quantised weights (in modules_to_save, say)") from None
-    if keep:
-        _follow_base(made, given)
+    _follow_base(made, given)
+    _fit_to_runs(made)
+    if adapter.method == "lily":
+        say(
+            "  lily mixes its experts by the mean over a whole batch: an answer depends on the rows beside it and on tokens "
+            "after it, so its loss while training is too good"
+        )
+    if not any(parameter.requires_grad for parameter in made.parameters()):
+        raise ConfigError("adapter", f"{adapter.method} with these fields has no weight to train")
+    _choose_dtype(made, adapter.method, dtype, learning_rate)
     with made.disable_adapter():
         if not torch.equal(before, _probe(made)):
             raise ConfigError(
@@ -63,6 +76,165 @@ def build_adapter(
                 "this initialisation changes the base's own weights, so that switching the adapter off no longer gives the base; set init_lora_weights to true",
             )
     return made
+
+
+HARMLESS = (
+    "Failed to load the CUDA extension",  # BOFT multiplies by torch's own means then
+    "Unsupported layer type .*Norm",  # ln_tuning says so of every norm that is not torch's
+    "Sparse invariant checks",
+    r"The following rank_pattern keys did not match.*\.lora_E'",  # AdaLoRA's own note of the ranks it pruned
+    r"Adapter .* \d+ LoRA tensor\(s\) have invalid shape.*lora_[AB]:\((0, \d+|\d+, 0)\)",  # AdaLoRA pruned a rank to nothing
+)
+
+
+@contextlib.contextmanager
+def peft_warnings() -> Iterator[None]:
+    """Pass on, in one line, what PEFT warns of while a model is built, read or written; HARMLESS says what is not passed on."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        yield
+    for line in dict.fromkeys(" ".join(str(warning.message).split()) for warning in heard):
+        if not any(re.match(pattern, line) for pattern in HARMLESS):
+            say(f"  PEFT warns: {line}")
+
+
+def peft_config(adapter: AdapterConfig, steps: int | None = None) -> Any:
+    """PEFT's own config of the method, with what follows from the run."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    given = dict(adapter.options)
+    if adapter.method == "adalora":
+        given["total_step"] = steps
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.method.upper())](task_type="CAUSAL_LM", **given)
+
+
+def _reason(error: Exception, model: Any) -> str:
+    reason = " ".join(str(error).split())
+    if "arget modules" in reason:
+        leaves = {
+            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
+        reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
+    return reason
+
+
+def _fit_to_runs(made: Any) -> None:
+    """What PEFT leaves to its caller: rows carry no task here, so the methods that mix by task are given the first; on a
+    bfloat16 base AdaLoRA's `ranknum` becomes trainable while it is not saved, so it is frozen again; and FRoD's sparse
+    matrices are torch's own, so torch need not warn that it does not check them."""
+    from peft import PeftType
+    from peft.tuners.poly import PolyLayer
+
+    def first_task(_: Any, args: Any, kwargs: Any) -> Any:
+        tasks = torch.zeros(len(args[0]), dtype=torch.long, device=args[0].device)
+        if kwargs.get("task_ids") is None and len(args) < 2:
+            kwargs["task_ids"] = tasks
+        elif len(args) > 1 and args[1] is None:
+            args = (args[0], tasks)
+        return args, kwargs
+
+    method = made.active_peft_config.peft_type
+    if method == PeftType.FROD:
+        torch.sparse.check_sparse_tensor_invariants.disable()
+    if method == PeftType.MULTITASK_PROMPT_TUNING:
+        made.prompt_encoder["default"].register_forward_pre_hook(first_task, with_kwargs=True)
+    for name, module in made.named_modules():
+        if isinstance(module, PolyLayer):
+            module.register_forward_pre_hook(first_task, with_kwargs=True)
+        if method == PeftType.ADALORA and name.endswith(".ranknum"):
+            module.requires_grad_(False)
+
+
+def _choose_dtype(made: Any, method: str, dtype: str, learning_rate: float) -> None:
+    """Put the adapter's weights into float32 where they are to be; raises ConfigError where PEFT's method cannot."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if made.dtype == torch.float32:
+        return
+    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
+    narrow = [parameter for parameter in trained if parameter.dtype != torch.float32]
+    if dtype == "bfloat16" and not narrow:
+        raise ConfigError(
+            "train.adapter_dtype", f"bfloat16 has no effect: PEFT keeps the weights of {method} in float32; remove it"
+        )
+    # a step of this size on a weight of this size is less than half of what bfloat16 can tell apart
+    lost = max((float(p.detach().abs().float().mean()) for p in narrow), default=0.0) * BF16_HALF_STEP
+    limit = max(BF16_LEARNING_RATE, lost)
+    if made.dtype != torch.float16 and (dtype == "bfloat16" or (dtype == "auto" and learning_rate >= limit)):
+        return  # float16, of a checkpoint quantised on disk, is no format to train in
+    if isinstance(made.base_model, BaseTuner):
+        made.base_model._cast_adapter_dtype(adapter_name="default", autocast_adapter_dtype=True)
+        _fit_to_runs(made)
+    if any(parameter.requires_grad and parameter.dtype != torch.float32 for parameter in made.parameters()):
+        kept = (
+            f"PEFT keeps weights of {method} in the base's bfloat16, where a step of {learning_rate:g} is rounded away"
+        )
+        fix = f"set model.dtype to float32, or train.learning_rate to {limit:.1g} or more"
+        raise ConfigError("train.adapter_dtype", f"{kept}; {fix}")
+
+
+def own_loss(model: Any, labels: torch.Tensor) -> torch.Tensor | None:
+    """What the method adds to the loss of these rows, after their forward pass: PEFT adds it only where it takes the loss itself.
+
+    AdaLoRA's orthogonality of A and B (Zhang et al. 2023, equation 4), and the loss of ShadowPEFT's own prediction.
+    """
+    from peft import PeftType
+
+    if not hasattr(model, "peft_config"):
+        return None
+    config: Any = model.active_peft_config
+    method = config.peft_type
+    if method == PeftType.SHADOW and config.auxiliary_loss_weight:
+        loss: torch.Tensor = model.base_model.shadow_auxiliary_loss(labels)
+        return loss * config.auxiliary_loss_weight
+    if method == PeftType.ADALORA and config.orth_reg_weight:
+        factors = [p for name, p in model.named_parameters() if "lora_A" in name]
+        factors += [p.T for name, p in model.named_parameters() if "lora_B" in name]
+        gaps = [torch.linalg.norm(p @ p.T - torch.eye(len(p), dtype=p.dtype, device=p.device)) for p in factors]
+        return torch.stack(gaps).mean() * config.orth_reg_weight
+    return None
+
+
+def leaves_the_head(model: Any) -> bool:
+    """Whether a loss that multiplies with `lm_head.weight` by itself, as TRL's on a GPU, is this model's whole loss."""
+    config = getattr(model, "active_peft_config", None)
+    plain = type(model.get_output_embeddings()) is torch.nn.Linear
+    own = any(getattr(config, weight, 0) for weight in ("orth_reg_weight", "auxiliary_loss_weight"))
+    return config is None or (plain and not own and not config.is_prompt_learning)
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    """Everything of an adapter that training changes, by name: more than PEFT saves.
+
+    P-tuning's file holds the prompt and not the network that makes it, and AdaLoRA's neither the pruned ranks nor the scores
+    by which it prunes the next.
+    """
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if allocator := getattr(model.base_model, "rankallocator", None):
+        for kind in SCORES:
+            found |= {f"{kind} {name}": scores for name, scores in getattr(allocator, kind).items()}
+        ranks = model.active_peft_config.rank_pattern or {}
+        found |= {f"rank_pattern {name}": torch.tensor(kept) for name, kept in ranks.items()}
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
+def restore(model: Any, saved: dict[str, torch.Tensor]) -> None:
+    """Copy a `state` into the model in place. Raises LlmtuneError when it is of another adapter."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if strange := weights.keys() ^ {name for name in saved if " " not in name}:
+        raise LlmtuneError(f"the checkpoint is of another adapter: {', '.join(sorted(strange)[:3])}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+    if allocator := getattr(model.base_model, "rankallocator", None):
+        allocator.reset_ipt()
+        parts = [(*name.split(" "), tensor) for name, tensor in saved.items() if " " in name]
+        ranks = {name: tensor.tolist() for kind, name, tensor in parts if kind == "rank_pattern"}
+        model.active_peft_config.rank_pattern = ranks or None
+        for kind, name, tensor in parts:
+            if kind != "rank_pattern":
+                getattr(allocator, kind)[name] = tensor.to(model.device)
 
 
 def attach(model: PreTrainedModel, base: Source, adapter: Artifact) -> PeftModel:
@@ -74,11 +246,12 @@ def attach(model: PreTrainedModel, base: Source, adapter: Artifact) -> PeftModel
     # what is evaluated and merged is what was trained: a bfloat16 adapter stays one, and so does a float32 one
     with safe_open(adapter.path / "adapter_model.safetensors", framework="pt") as tensors:
         wide = any(tensors.get_slice(name).get_dtype() == "F32" for name in tensors.keys())  # noqa: SIM118
-    before = _probe(model)
-    given = set(model.parameters())
-    made = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=wide).eval()
+    before, given = _probe(model), set(model.parameters())
+    with peft_warnings():
+        made = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=wide).eval()
     if not wide:
         _follow_base(made, given)
+    _fit_to_runs(made)
     with made.disable_adapter():
         if not torch.equal(before, _probe(made)):
             raise ArtifactError(

@@ -19,7 +19,7 @@ from llmtune.config.sft import SftConfig
 from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
 from llmtune.interruption import Interruption
-from llmtune.model import freeze, infer, load, quantised
+from llmtune.model import adapters, freeze, infer, load, quantised
 from llmtune.progress import say
 from llmtune.training import checkpoints, group, loop, optim, packing, rows, setup, smoke, workspace
 from llmtune.training.trainer import SupervisedTrainer
@@ -69,7 +69,7 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
                 else:
                     train, validation = rows.read_splits(view.data, folder)
             group.join(device)
-            model = setup.build_model(view, base, device, place)
+            model = setup.build_model(view, base, train, device, place)
             trainer = setup.build_trainer(view, model, tokenizer, train, validation, folder, device, place)
             rows.assert_nothing_lost(trainer.train_dataset, train.counts, trainer.blanks)
             batches = packing.layout(view, train)
@@ -112,7 +112,8 @@ def _write(
             say("  the generation_config.json of the result; what serves it must stop there")
             if config.adapter:
                 tuned.get_base_model().generation_config.save_pretrained(draft.path)
-        tuned.save_pretrained(draft.path, safe_serialization=True)
+        with adapters.peft_warnings():
+            tuned.save_pretrained(draft.path, safe_serialization=True)
         trainer.processing_class.save_pretrained(draft.path)
         (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         lines = Path(trainer.args.output_dir, "metrics.jsonl").read_text(encoding="utf-8")

@@ -124,6 +124,16 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
         group.wait()
 
 
+class AllocateRanks(TrainerCallback):  # type: ignore[misc]
+    """AdaLoRA's step of its own: the budget of ranks is dealt out anew, by the gradients at hand. Without it no rank is pruned."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.model.base_model.update_and_allocate(state.global_step + 1)  # the step in hand: the last one is total_step
+
+
 class GoOn(TrainerCallback):  # type: ignore[misc]
     """What transformers forgets on resume: where the best checkpoint lies, a validation that was cut short, and an end.
 

@@ -13,6 +13,7 @@ from llmtune.config import Recorded
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model import adapters, freeze, infer, load
 from llmtune.training import arguments, optim, packing, rows
+from llmtune.training.callbacks import AllocateRanks
 from llmtune.training.rows import Split
 from llmtune.training.trainer import SupervisedTrainer
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_model(view: Recorded, base: load.Source, device: str, place: object) -> Any:
+def build_model(view: Recorded, base: load.Source, train: Split, device: str, place: object) -> Any:
     """The base with what is trained of it: an adapter where the run has one, else the weights it names, else every one.
 
     Raises ConfigError where the settings do not fit the model.
@@ -38,8 +39,14 @@ def build_model(view: Recorded, base: load.Source, device: str, place: object) -
             place, f"data.max_length: {view.data.max_length} is more than the {limit} positions of the model"
         )
     if adapted:
-        train = view.train
-        return adapters.build_adapter(model, view.adapter.whole(), train.adapter_dtype, train.learning_rate, train.seed)
+        return adapters.build_adapter(
+            model,
+            view.adapter.whole(),
+            view.train.adapter_dtype,
+            view.train.learning_rate,
+            view.train.seed,
+            steps=arguments.total_steps(view, len(train.rows)),
+        )
     if view.trainable is not None:
         freeze.freeze(model, view.trainable.whole(), compute)
     return model.to(device)
@@ -98,4 +105,6 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     if stopping:
         trainer.add_callback(EarlyStoppingCallback(*stopping))
+    if hasattr(getattr(model, "base_model", None), "rankallocator"):
+        trainer.add_callback(AllocateRanks(model))
     return trainer

@@ -9,21 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from llmtune.data.tokens import IGNORED
-from llmtune.errors import LlmtuneError
+from llmtune.model import adapters
 from llmtune.model.infer import supervised_logits
 from llmtune.training import group, optim
+
+ADAPTER_STATE = "adapter_state.safetensors"
+"""In a checkpoint, beside PEFT's own file, which for some methods is not enough to go on from."""
 
 
 class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     """Takes the loss on supervised positions only, and restores adapters in the dtype they were saved in.
 
     Without Triton (any CPU) TRL 1.16 runs the language-model head on every position; here it runs where a label stands. On a
-    GPU TRL's fused kernel does that already and is used. And `PeftModel.load_adapter`, by which transformers resumes and takes
-    the best checkpoint back, turns bfloat16 adapters into float32 ones: another trajectory, another speed. transformers' own grouping by length runs an epoch of less than fifty batches from the
+    GPU TRL's fused kernel does that already and is used, unless the adapter has a part in the head or a loss of its own. And
+    `PeftModel.load_adapter`, by which transformers resumes and takes the best checkpoint back, turns bfloat16 adapters into
+    float32 ones (another trajectory, another speed), and reads a file that for some methods is not the whole adapter. transformers' own grouping by length runs an epoch of less than fifty batches from the
     longest rows to the shortest and draws from the global generator, so that a run resumed inside an epoch sees other batches;
     see LengthBuckets. Its validation loss is a mean of batch means. TRL makes every adapter on a quantised base
     bfloat16; here it keeps the dtype that it was built in. TRL knows no weights: where rows have them, the loss of a
@@ -45,7 +50,11 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         self.blanks = blanks
         """How many rows at the end of the training rows are there only to make their number even."""
         made = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+        if hasattr(model, "peft_config"):
+            # TRL refuses an adapter on the head, since its own loss goes round it; ours does not: see adapters.leaves_the_head
+            model.get_output_embeddings = lambda: None
         super().__init__(model=model, **settings)
+        vars(model).pop("get_output_embeddings", None)
         for name, weight in model.named_parameters():
             if name in made and weight.dtype != made[name].dtype:
                 weight.data = made[name].to(weight.device)
@@ -57,7 +66,7 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         weights, labels = inputs.pop("weights", None), inputs["labels"]
         if self.model.training:
             self.seen_tokens += _tokens(inputs)
-        if self.accelerator.device.type == "cuda" and weights is None:  # the fused kernel knows no weights
+        if self.accelerator.device.type == "cuda" and weights is None and adapters.leaves_the_head(self.model):
             fused: torch.Tensor = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self._count(fused, int((labels[:, 1:] != IGNORED).sum()), num_items_in_batch)
             return fused
@@ -68,6 +77,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             weight.sum().clamp(min=1e-9) if num_items_in_batch is None else num_items_in_batch
         )  # blank rows have none
         loss = (each * weight).sum() / whole
+        if self.model.training and (own := adapters.own_loss(self.model, labels)) is not None:
+            loss = loss + own * weight.sum() / whole
         if num_items_in_batch is not None:
             loss *= self.accelerator.num_processes  # gradients are averaged over them, and the count is of all
         self._count(loss, weight.sum().item(), num_items_in_batch)
@@ -160,6 +171,18 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     def _send_telemetry(self) -> None:
         """No run of ours reports anything to anyone."""
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not hasattr(self.model, "peft_config"):
+            super()._save(output_dir, state_dict)
+            return
+        before = adapters.state(self.model)
+        with adapters.peft_warnings():
+            super()._save(output_dir, state_dict)
+        adapters.restore(
+            self.model, before
+        )  # CPT's weights are projected anew when they are saved, which is a step of its own
+        save_file(before, Path(output_dir or self.args.output_dir) / ADAPTER_STATE)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _restore_adapter(model or self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -226,13 +249,8 @@ def _tokens(inputs: dict[str, Any]) -> int:
 
 
 def _restore_adapter(model: Any, checkpoint: Path) -> bool:
-    """Copy a checkpoint's adapter weights into `model` in place; False when `model` carries no adapter."""
+    """Copy what a checkpoint holds of the adapter into `model` in place; False when `model` carries no adapter."""
     if not hasattr(model, "peft_config"):
         return False
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    result = set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-    if result.unexpected_keys:
-        raise LlmtuneError(f"{checkpoint}: holds weights this adapter does not have: {result.unexpected_keys[:3]}")
+    adapters.restore(model, load_file(checkpoint / ADAPTER_STATE))
     return True
