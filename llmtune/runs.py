@@ -123,7 +123,7 @@ def _facts(path: Path) -> dict[str, Any]:
             "verdict": _verdict(path),
         }
     note = _json(path / NOTE)
-    config = {key: value for key, value in note.items() if key not in ("rows", "base")}
+    config = {key: value for key, value in note.get("config", {}).items() if key != "output_dir"}
     sources: dict[str, dict[str, Any]] = {}
     for key, sha in note.get("rows", {}).items():
         split, _, source = key.partition(" ")
@@ -135,7 +135,7 @@ def _facts(path: Path) -> dict[str, Any]:
         "base": note.get("base", {}),
         "data": sources,
         "metrics": _so_far(path / "checkpoints", config),
-        "environment": {},
+        "environment": {"versions": note.get("versions")},
         "verdict": None,
     }
 

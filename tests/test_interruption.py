@@ -28,9 +28,7 @@ output_dir: ./{name}
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_folder: Path):
-    """`run(name)`: a run of 7 steps of 4 micro batches, 2 steps an epoch, validated in 3 batches after steps 3, 6 and 7."""
+def write_rows(folder: Path) -> None:
     for split, number in (("train", 16), ("validation", 6)):
         turns = [
             [
@@ -39,13 +37,27 @@ def run(tmp_path: Path, tiny_folder: Path):
             ]
             for i in range(number)
         ]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_folder: Path):
+    """`run(name)`: a run of 7 steps of 4 micro batches, 2 steps an epoch, validated in 3 batches after steps 3, 6 and 7."""
+    write_rows(tmp_path)
 
     def start(name: str, *overrides: str) -> artifact.Artifact:
         (tmp_path / "sft.yaml").write_text(RUN.format(model=tiny_folder, name=name))
         return sft.run(config.load(tmp_path / "sft.yaml", list(overrides)), tmp_path / "sft.yaml")
 
     return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_folder: Path) -> artifact.Artifact:
+    folder = tmp_path_factory.mktemp("whole")
+    write_rows(folder)
+    (folder / "sft.yaml").write_text(RUN.format(model=tiny_folder, name="whole"))
+    return sft.run(config.load(folder / "sft.yaml"))
 
 
 def weights(made: artifact.Artifact) -> dict[str, torch.Tensor]:
@@ -85,8 +97,10 @@ INSTANTS = {  # method, its call in which the signal comes, and the newest check
 
 
 @pytest.mark.parametrize("instant", INSTANTS)
-def test_a_signal_at_any_instant_and_the_run_ends_as_if_nothing_had_been(run, tmp_path, instant, monkeypatch):
-    whole = run("whole")
+def test_a_signal_at_any_instant_and_the_run_ends_as_if_nothing_had_been(
+    run, uninterrupted, tmp_path, instant, monkeypatch
+):
+    whole = uninterrupted
     method, call, step = INSTANTS[instant]
     with monkeypatch.context() as patched:
         interrupting(patched, SupervisedTrainer, method, call, signal.SIGTERM)
@@ -104,8 +118,8 @@ def test_a_signal_at_any_instant_and_the_run_ends_as_if_nothing_had_been(run, tm
     assert [whole.manifest["metrics"][key] for key in same] == [resumed.manifest["metrics"][key] for key in same]
 
 
-def test_a_run_stopped_in_every_step_comes_to_the_same_end(run, monkeypatch):
-    whole = run("whole")
+def test_a_run_stopped_in_every_step_comes_to_the_same_end(run, uninterrupted, monkeypatch):
+    whole = uninterrupted
     for _ in range(10):
         with monkeypatch.context() as patched:
             interrupting(patched, SupervisedTrainer, "training_step", 6, signal.SIGUSR1)
@@ -138,6 +152,23 @@ def test_a_moved_run_goes_on_with_the_best_checkpoint_it_had(run, tmp_path, monk
     resumed = run("moved")
     assert resumed.manifest["metrics"]["best_step"] == 3
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
+def test_what_cannot_change_a_weight_may_change_and_is_said(run, uninterrupted, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        interrupting(patched, SupervisedTrainer, "training_step", 18, signal.SIGTERM)
+        with pytest.raises(Preempted):
+            run("cut")
+    (tmp_path / "train.jsonl").rename(tmp_path / "same.jsonl")
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    capsys.readouterr()
+    resumed = run("moved", f"data.train={tmp_path / 'same.jsonl'}", "train.log_steps=3")
+    said = capsys.readouterr().err
+    assert "train.log_steps was 1 and is 3" in said
+    assert f"data.train was '{tmp_path / 'train.jsonl'}' and is '{tmp_path / 'same.jsonl'}'" in said
+    assert f"output_dir was '{tmp_path / 'cut'}' and is '{tmp_path / 'moved'}'" in said
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(uninterrupted).items())
+    assert [step for step, loss, _ in logged(resumed) if loss is not None] == [1, 2, 3, 4, 6]
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])

@@ -169,7 +169,16 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     "sft": (
         "tune:sft",
         "fine-tune on chats: LoRA, any other PEFT method, or the whole model",
-        [CONFIG, OVERRIDES, PROCESSES],
+        [
+            CONFIG,
+            OVERRIDES,
+            PROCESSES,
+            _argument(
+                "--other-versions",
+                action="store_true",
+                help="go on with an interrupted run although libraries changed since: its numbers may be others",
+            ),
+        ],
     ),
     "eval": ("judge:evaluate", "base and tuned on the same items, in one process", [CONFIG, OVERRIDES]),
     "gate": (

@@ -19,11 +19,12 @@ def sft(arguments: argparse.Namespace) -> int:
         from llmtune.cli import launch
 
         words = ["sft", str(arguments.config), *arguments.overrides]
+        words += ["--other-versions"] * arguments.other_versions
         return launch.run(arguments.processes, words + ["--debug"] * arguments.debug, output)
     with ranks.telling(output), Interruption():  # from here on: the libraries alone take seconds to load
         from llmtune.stages import sft as stage
 
-        made = stage.run(settings, arguments.config)
+        made = stage.run(settings, arguments.config, other_versions=arguments.other_versions)
     if ranks.rank() > 0:
         return 0
     metrics = made.manifest["metrics"]

@@ -21,16 +21,16 @@ from llmtune.errors import ConfigError, UserError
 from llmtune.interruption import Interruption
 from llmtune.model import adapters, freeze, infer, load, quantised
 from llmtune.progress import say
-from llmtune.training import checkpoints, group, loop, optim, packing, rows, setup, smoke, workspace
+from llmtune.training import checkpoints, group, loop, optim, packing, resume, rows, setup, smoke, workspace
 from llmtune.training.trainer import SupervisedTrainer
 
 
-def run(config: SftConfig, place: object = "config") -> Artifact:
+def run(config: SftConfig, place: object = "config", *, other_versions: bool = False) -> Artifact:
     """Fine-tune `config.model` on `config.data` and write the result to `config.output_dir`.
 
     Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, a whole model in
     `output_dir/model`.
-    An interrupted run goes on from its last whole checkpoint; SIGTERM ends it with Preempted, Ctrl-C with KeyboardInterrupt.
+    An interrupted run goes on from its last whole checkpoint, with `other_versions` also under other versions of the libraries; SIGTERM ends it with Preempted, Ctrl-C with KeyboardInterrupt.
     Raises ConfigError or DataError before any weight is loaded,
     where it follows from the run file and the rows; what only PEFT or transformers can tell comes after.
     Of several processes the first writes the artifact, and each returns it.
@@ -63,8 +63,8 @@ def run(config: SftConfig, place: object = "config") -> Artifact:
         try:
             with workspace.prepared(output) as first:
                 if first:
-                    identity = checkpoints.identity(config.model_dump(mode="json"), prints, base.facts())
-                    checkpoints.claim(folder, identity, place)
+                    identity = resume.identity(config.model_dump(mode="json"), prints, base.facts(), device)
+                    resume.claim(folder, identity, place, other_versions=other_versions)
                     train, validation = rows.encode_splits(view.data, tokenizer, folder, place)
                 else:
                     train, validation = rows.read_splits(view.data, folder)

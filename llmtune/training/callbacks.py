@@ -135,7 +135,7 @@ class AllocateRanks(TrainerCallback):  # type: ignore[misc]
 
 
 class GoOn(TrainerCallback):  # type: ignore[misc]
-    """What transformers forgets on resume: where the best checkpoint lies, a validation that was cut short, and an end.
+    """What transformers forgets on resume: where the best checkpoint lies, a new log_steps, a validation cut short, and an end.
 
     A checkpoint's `TrainerControl` says what was still to be done at its step. Comes after every other callback.
     """
@@ -147,6 +147,7 @@ class GoOn(TrainerCallback):  # type: ignore[misc]
         then = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         if state.global_step == 0 or not then:
             return
+        state.logging_steps = args.logging_steps
         if control.should_evaluate:
             self.trainer.validate()
         if state.best_global_step:  # the path is that of the folder before it was moved
