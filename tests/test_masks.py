@@ -10,6 +10,7 @@ import string
 import families
 import pytest
 import tiny
+from transformers import ByT5Tokenizer
 from trl.chat_template_utils import get_training_chat_template, supports_tool_calling
 
 from llmtune.data import template
@@ -505,6 +506,15 @@ def test_a_result_that_is_dropped_in_this_row_alone():
         encode_chat(
             words, [user("q"), says("a"), user("and what is that?"), says("b"), user("c"), says("d")], None, "last"
         )
+
+
+def test_a_tokenizer_without_places():
+    words = ByT5Tokenizer()
+    words.chat_template = tiny.CHATML.replace(tiny.END, "</s>").replace(tiny.START, "")
+    with pytest.raises(
+        ValueError, match=r"does not say where its tokens stand in a text; use a model with a tokenizer\.json"
+    ):
+        encode_chat(words, [user("q"), says("a")])
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers.utils import chat_template_utils
 
 from llmtune import config
+from llmtune.errors import ConfigError
 from llmtune.export import merge
 from llmtune.model import infer, load
 from llmtune.stages import sft
+from llmtune.training import callbacks
 
 OTHER_END = tiny.CHATML.replace(tiny.START, "").replace(tiny.END, tiny.START)
 """A template that ends turns with a token at which tokenizer and generation config do not stop."""
@@ -86,7 +92,9 @@ def test_an_unlisted_end_of_turn_is_a_stop_token_of_all_that_is_made(tmp_path, o
     )
     assert made.manifest["metrics"]["smoke_ended"] == 2  # it learnt that very token
     merged = merge.run(made.path.parent)
-    for folder in (made.path, merged.path):
+    (tmp_path / "whole").mkdir()
+    whole = sft.run(run_file(tmp_path / "whole", other_end, adapter=False, max_steps=1))
+    for folder in (made.path, merged.path, whole.path):
         stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
         assert sorted(stops) == both
     base = load.load_model(load.find(str(other_end)), "float32")
@@ -104,3 +112,30 @@ def test_the_stops_of_a_model_without_a_generation_config(tmp_path):
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**raw, "eos_token_id": [3, 4]}), encoding="utf-8")
     assert load.load_tokenizer(load.find(str(folder))).generation_stops == [3, 4]
+
+
+def test_rows_that_a_template_writes_anew_are_not_resumed_into(tmp_path, monkeypatch):
+    base = tiny.save(tmp_path / "base", chat_template="{{ strftime_now('%d %B') }}" + tiny.CHATML)
+
+    class Day(datetime):
+        day_of_month = 26
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 11, cls.day_of_month, tzinfo=tz)
+
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.ProgressDisplay, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(run_file(tmp_path, base))
+    monkeypatch.setattr(Day, "day_of_month", 27)
+    with pytest.raises(
+        ConfigError, match="the same rows are now other tokens, as where a chat template writes the date"
+    ):
+        sft.run(run_file(tmp_path, base))
+    monkeypatch.setattr(Day, "day_of_month", 26)
+    assert sft.run(run_file(tmp_path, base)).path.is_dir()

@@ -72,6 +72,10 @@ def encode_chat(
     this template and row.
     """
     refuse_control_tokens(tokenizer, turns, tools)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "this tokenizer does not say where its tokens stand in a text; use a model with a tokenizer.json"
+        )
     chat_template = template.of(tokenizer)
     text, answers = masks.render(chat_template, turns, tools, train_on)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow.compute as pc
 
-from llmtune.artifact import write_atomically
+from llmtune.artifact import sha256_file, write_atomically
 from llmtune.config import Recorded
 from llmtune.data.chats import load_chats
 from llmtune.data.rows import fingerprint
@@ -47,15 +47,29 @@ def encode_splits(
 ) -> tuple[Split, Split | None]:
     """Train and validation rows, as Arrow files in `folder`, where `read_splits` finds them.
 
-    Raises DataError for bad rows, ConfigError for shared ones.
+    Raises DataError for bad rows, ConfigError for shared ones, and for rows that are not those of an interrupted run.
     """
+    account = folder / ACCOUNT
+    before = json.loads(account.read_text(encoding="utf-8")) if account.is_file() else {}
     train, validation = _encode_splits(data, tokenizer, folder, place)
-    account = {
-        name: {"file": split.rows.cache_files[0]["filename"], **dataclasses.asdict(split.counts), "keys": []}
+    now = {
+        name: {
+            "file": (file := split.rows.cache_files[0]["filename"]),
+            "sha256": sha256_file(Path(file)),
+            "columns": split.rows.column_names,
+            **dataclasses.asdict(split.counts),
+            "keys": [],
+        }
         for name, split in (("train", train), ("validation", validation))
         if split is not None
     }
-    write_atomically(folder / ACCOUNT, json.dumps(account))
+    if before and {name: entry["sha256"] for name, entry in before.items()} != {n: e["sha256"] for n, e in now.items()}:
+        raise ConfigError(
+            place,
+            f"an interrupted run lies in {folder}, and the same rows are now other tokens, as where a chat template writes the "
+            "date; remove that folder to start anew",
+        )
+    write_atomically(account, json.dumps(now))
     return train, validation
 
 
@@ -64,7 +78,9 @@ def read_splits(data: Recorded, folder: Path) -> tuple[Split, Split | None]:
     data.whole()
     splits = {}
     for name, entry in json.loads((folder / ACCOUNT).read_text(encoding="utf-8")).items():
-        rows, keys = datasets.Dataset.from_file(entry.pop("file")), set(entry.pop("keys"))
+        rows = datasets.Dataset.from_file(entry.pop("file")).select_columns(entry.pop("columns"))
+        keys = set(entry.pop("keys"))
+        del entry["sha256"]
         splits[name] = Split(rows, Counts(**entry, keys=keys))
         _say(name, splits[name].counts)
     return splits["train"], splits.get("validation")
