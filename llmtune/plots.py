@@ -48,6 +48,9 @@ def curves_svg(metrics: Sequence[Row], width: int = 960) -> str:
     parts += [line(each, "train", 1, 0.4), line(mean, "train", 2.2), line(each[-1:] * 2, "train", 7)]
     parts += [line(seen, "validation", 2.2), *(line([p, p], "validation", 6) for p in seen if len(seen) <= 60)]
     parts += [line(ring, "validation", 13), line(ring, "paper", 8)]
+    for number in sorted({row["phase"] for row in metrics if row.get("phase", 1) > 1}):
+        at = x(min(row["step"] for row in metrics if row.get("phase") == number))
+        parts += [line([(at, top), (at, foot)], "muted"), text(at + 6, top + 12, f"phase {number}", "muted")]
     if rate:
         small, _ = scale([0.0, peak := max(value for _, value in rate)], foot, foot - 30)
         parts += [line([(left, foot), (right, foot)]), line([(x(s), small(v)) for s, v in rate], "muted", 1.4)]

@@ -103,9 +103,10 @@ METRICS = ("steps", "total_steps", "train_loss", "validation_loss", "tokens_per_
 
 def _method(config: Mapping[str, Any]) -> str:
     """PEFT's name of the adapter's method, `partial` where a part of the weights is trained, else `full`."""
-    if adapter := config.get("adapter"):
-        return str(adapter["method"])
-    return "partial" if config.get("trainable") else "full"
+    first = (
+        str(config["adapter"]["method"]) if config.get("adapter") else "partial" if config.get("trainable") else "full"
+    )
+    return f"{first}, then partial" if config.get("second_phase") else first
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 def _so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """How far an unfinished run has got: the last step it can be resumed from, of how many, and its last losses."""
+    folder = max(folder.glob("phase-*"), default=folder)  # of two phases, the one it is in
     steps = [int(n) for path in folder.glob("checkpoint-*") if (n := path.name.removeprefix("checkpoint-")).isdigit()]
     state: dict[str, Any] = {}
     for step in sorted(steps, reverse=True):

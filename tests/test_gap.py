@@ -44,6 +44,7 @@ def test_overfitting_is_told_with_its_figures() -> None:
         [(2.0, 1.8), (2.01, 1.6)],  # within the noise
         [(2.0, 1.8), (2.6, 2.4)],  # both rise: the run diverges
         [(2.0, 1.8), (2.6, 1.79)],
+        [(24.0, 2.1), (1.8, 8.0), (6.9, 3.1)],  # a training loss that jumps about
         [(2.2, 2.1), (2.5, 1.9), (2.0, 1.7)],  # a rise that passed
     ],
 )

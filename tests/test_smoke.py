@@ -19,7 +19,7 @@ from llmtune.errors import ConfigError
 from llmtune.export import merge
 from llmtune.model import infer, load
 from llmtune.stages import sft
-from llmtune.training import callbacks
+from llmtune.training import callbacks, smoke
 
 OTHER_END = tiny.CHATML.replace(tiny.START, "").replace(tiny.END, tiny.START)
 """A template that ends turns with a token at which tokenizer and generation config do not stop."""
@@ -55,7 +55,7 @@ def test_one_that_did_not_is_told(tmp_path, tiny_folder, capsys, monkeypatch):
         in capsys.readouterr().err
     )
     (tmp_path / "again").mkdir()
-    monkeypatch.setattr(sft.smoke, "run", lambda *_: {})
+    monkeypatch.setattr(smoke, "run", lambda *_: {})
     unasked = sft.run(run_file(tmp_path / "again", tiny_folder, max_steps=1, learning_rate=1e-9))
     before, after = (load_file(run.path / "adapter_model.safetensors") for run in (made, unasked))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -71,7 +71,7 @@ def test_nothing_is_asked_where_answers_are_long_and_nothing_fails_where_asking_
     def fails(*_, **__):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(sft.smoke.infer, "generate", fails)
+    monkeypatch.setattr(smoke.infer, "generate", fails)
     assert sft.run(run_file(tmp_path / "again", tiny_folder, max_steps=1)).path.is_dir()
     assert "could not be asked whether it ends its answers (no such kernel)" in capsys.readouterr().err
 

@@ -126,3 +126,21 @@ class TrainableConfig(Section):
                 "or pattern, or remove the section to train every weight"
             )
         return self
+
+
+class SecondPhaseConfig(Section):
+    """After the run's own training: its weights, an adapter merged into them, of which these are trained on at a lower rate."""
+
+    trainable: TrainableConfig
+    learning_rate_factor: float = Field(
+        0.1, gt=0, le=1, description="its learning rate, as a share of train.learning_rate"
+    )
+    epochs: PositiveFloat | None = Field(None, description="at most so many; exactly one of epochs and max_steps")
+    max_steps: PositiveInt | None = Field(None, description="at most so many optimizer steps")
+    patience: PositiveInt = Field(3, description="it ends after so many validations without improvement")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> SecondPhaseConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("second_phase.epochs: set exactly one of 'epochs' and 'max_steps'")
+        return self

@@ -17,12 +17,6 @@ from llmtune.export import candidates, proof
 from llmtune.model import adapters, infer, load
 from llmtune.progress import say
 
-NO_MERGE = {
-    "adaption_prompt": "it adds a gated attention to prompts of its own, which no weight of the base computes",
-    "lily": "it mixes its experts anew for every batch, so there is no one change of the weights",
-    "poly": "it mixes its skills anew for every row's task, so there is no one change of the weights",
-}
-"""Methods that PEFT cannot merge without saying why; what it says itself is passed on."""
 PROBES, HELD_OUT, TEXTS, TEXT_TOKENS = 12, 32, 6, 24
 
 
@@ -108,16 +102,9 @@ def _probe_chats(adapter: Artifact) -> list[Chat]:
 
 def assert_mergeable(model: Any, adapter: Artifact) -> None:
     """Raises ConfigError with the reason for a method that has no weights of the base to be added to, before any proof is read."""
-    method = adapter.manifest["config"]["adapter"]["method"]
-    if infer.has_virtual_tokens(model):
-        why = "it puts tokens of its own before the text and leaves the weights as they are"
-    elif reason := NO_MERGE.get(method):
-        why = reason
-    elif not hasattr(model.base_model, "merge_and_unload"):
-        why = "PEFT has no merge for it"
-    else:
-        return
-    raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {why}; serve it as an adapter")
+    if why := adapters.no_merge(model):
+        method = adapter.manifest["config"]["adapter"]["method"]
+        raise ConfigError(adapter.path, f"a {method} adapter cannot be merged: {why}; serve it as an adapter")
 
 
 def merge_into_base(model: Any, adapter: Artifact) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from llmtune.artifact import Artifact
 from llmtune.config.train import AdapterConfig
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError
+from llmtune.model import infer, load
 from llmtune.model.load import Source
 from llmtune.progress import say
 
@@ -267,6 +269,41 @@ def _follow_base(made: PeftModel, given: set[torch.nn.Parameter]) -> None:
         for weight in set(made.parameters()) - given:
             if weight.is_floating_point():
                 weight.data = weight.data.to(dtype)
+
+
+NO_MERGE = {
+    "adaption_prompt": "it adds a gated attention to prompts of its own, which no weight of the base computes",
+    "lily": "it mixes its experts anew for every batch, so there is no one change of the weights",
+    "poly": "it mixes its skills anew for every row's task, so there is no one change of the weights",
+}
+"""Methods that PEFT cannot merge without saying why; what it says itself is passed on."""
+
+
+def no_merge(model: Any) -> str | None:
+    """Why this adapter cannot be merged into the weights of its base; None where only the merge itself can tell."""
+    if infer.has_virtual_tokens(model):
+        return "it puts tokens of its own before the text and leaves the weights as they are"
+    if reason := NO_MERGE.get(model.active_peft_config.peft_type.value.lower()):
+        return reason
+    return None if hasattr(model.base_model, "merge_and_unload") else "PEFT has no merge for it"
+
+
+def merged(adapted: PeftModel, base: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`base` in float32 with the adapter of `adapted` merged into its weights, on the CPU.
+
+    Raises ConfigError with PEFT's reason for a method that has no merge.
+    """
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder, peft_warnings():
+        adapted.save_pretrained(folder)
+        whole = load.load_model(base, "float32", "cpu", trust_remote_code=trust_remote_code)
+        try:
+            made: PreTrainedModel = PeftModel.from_pretrained(whole, folder).merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            method, why = adapted.active_peft_config.peft_type.value.lower(), " ".join(str(error).split())
+            raise ConfigError("second_phase", f"a {method} adapter cannot be merged: {why}") from None
+    return made
 
 
 def _probe(model: Any) -> torch.Tensor:

@@ -10,7 +10,6 @@ import torch
 from llmtune.config.train import TrainableConfig
 from llmtune.errors import ConfigError
 from llmtune.model import load
-from llmtune.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ def select(model: PreTrainedModel, chosen: TrainableConfig) -> set[str]:
     for key, its in found.items():
         if not its:
             raise ConfigError("trainable", f"{key}: the model has none with weights; remove it")
-    _tied(model, chosen)
+    tied(model, chosen)
     if chosen.pattern is not None:
         found["pattern"] = _matching(chosen.pattern, names, set().union(*found.values()))
     return set().union(*found.values())
@@ -77,11 +76,14 @@ def _of(parts: list[Any], first: dict[int, str]) -> set[str]:
     return {first[id(parameter)] for part in parts if part is not None for parameter in part.parameters()}
 
 
-def _tied(model: PreTrainedModel, chosen: TrainableConfig) -> None:
-    """In a tied model the head's matrix is the embeddings': say so, and refuse one with the other ruled out."""
+def tied(model: PreTrainedModel, chosen: TrainableConfig) -> str | None:
+    """What is trained besides what `chosen` says, in a sentence: in a tied model the head's matrix is the embeddings'.
+
+    Raises ConfigError where one is chosen and the other ruled out.
+    """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight or chosen.head == chosen.embeddings:
-        return
+        return None
     one, other = ("head", "embeddings") if chosen.head else ("embeddings", "head")
     if other in chosen.model_fields_set:
         raise ConfigError(
@@ -89,7 +91,7 @@ def _tied(model: PreTrainedModel, chosen: TrainableConfig) -> None:
             f"{one}: true with {other}: false contradict each other: in this model both are one matrix "
             "(tie_word_embeddings); set both or neither",
         )
-    say(f"  trainable.{one}: in this model head and embeddings are one matrix, so the {other} are trained with it")
+    return f"trainable.{one}: in this model head and embeddings are one matrix, so the {other} are trained with it"
 
 
 def _matching(pattern: str, names: dict[str, str], already: set[str]) -> set[str]:

@@ -185,6 +185,17 @@ def load_model(
     return quantised.settled(model).eval()
 
 
+def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights (on torch's meta device): its modules, names and shapes, in milliseconds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _named(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model
+
+
 @contextlib.contextmanager
 def _named(source: Source) -> Iterator[None]:
     """Say which folder it is that cannot be read."""

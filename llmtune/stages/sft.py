@@ -19,10 +19,9 @@ from llmtune.config.sft import SftConfig
 from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
 from llmtune.interruption import Interruption
-from llmtune.model import adapters, freeze, infer, load, quantised
+from llmtune.model import adapters, infer, load, quantised
 from llmtune.progress import say
-from llmtune.training import checkpoints, group, loop, optim, packing, resume, rows, setup, smoke, workspace
-from llmtune.training.trainer import SupervisedTrainer
+from llmtune.training import checkpoints, group, optim, packing, phases, resume, rows, setup, workspace
 
 
 def run(config: SftConfig, place: object = "config", *, other_versions: bool = False) -> Artifact:
@@ -30,15 +29,18 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
 
     Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, a whole model in
     `output_dir/model`.
-    An interrupted run goes on from its last whole checkpoint, with `other_versions` also under other versions of the libraries; SIGTERM ends it with Preempted, Ctrl-C with KeyboardInterrupt.
-    Raises ConfigError or DataError before any weight is loaded,
-    where it follows from the run file and the rows; what only PEFT or transformers can tell comes after.
+    An interrupted run goes on from its last whole checkpoint, with `other_versions` also under other versions of the
+    libraries; SIGTERM ends it with Preempted, Ctrl-C with KeyboardInterrupt. Raises ConfigError or DataError before any
+    weight is loaded, where it follows from run file and rows; what only PEFT or transformers can tell comes after.
     Of several processes the first writes the artifact, and each returns it.
     """
-    view = Recorded(config)
+    seen: set[str] = set()
+    views = [Recorded(phase, seen=seen) for phase in config.phases()]
+    view = views[0]
     assert view.stage == "sft"
     output = Path(view.output_dir)
-    target = output / ("adapter" if view.adapter is not None else "model")
+    kind: artifact.Kind = "adapter" if view.adapter is not None and len(views) == 1 else "model"
+    target = output / kind
     if target.exists():
         artifact.read(target)  # names what is wrong with it, if anything
         raise ConfigError(
@@ -50,12 +52,14 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(place, f"tracking: {tracker} is not installed; pip install 'llmtune[{tracker}]'")
     device = load.choose_device(view.model.device)
-    optim.check(config.train, device, place)
+    for phase in config.phases():
+        optim.check(phase.train, device, place)
     load.require_attention(view.model.attention, device, place)
     with Interruption() as stop, workspace.hold(output, place):
         prints = rows.fingerprints(view.data)
         base = load.find(view.model.name, quantize=view.model.quantize, trust_remote_code=view.model.trust_remote_code)
-        quantised.require_trainable(base, device, view.adapter and view.adapter.method, place)
+        for one in views:
+            quantised.require_trainable(base, device, one.adapter and one.adapter.method, place)
         if warning := base.licence_warning:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
@@ -68,17 +72,15 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
                     train, validation = rows.encode_splits(view.data, tokenizer, folder, place)
                 else:
                     train, validation = rows.read_splits(view.data, folder)
+            setup.rehearse(views, base, place)
             group.join(device)
-            model = setup.build_model(view, base, train, device, place)
-            trainer = setup.build_trainer(view, model, tokenizer, train, validation, folder, device, place)
-            rows.assert_nothing_lost(trainer.train_dataset, train.counts, trainer.blanks)
             batches = packing.layout(view, train)
-            view.require_all_read(place)
+            given = phases.Given(tokenizer, train, validation, folder, device, stop, place)
+            tuned = phases.train(views, base, given)
         except UserError:
             if not checkpoints.begun(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
             raise
-        metrics = {**loop.train(trainer, folder, stop), **smoke.run(trainer, train.rows, tokenizer)}
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
             "base": base.facts(),
@@ -86,37 +88,33 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
             "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
             "seeds": {"seed": view.train.seed},
             "processes": ranks.world_size(),
-            "metrics": metrics,
+            **tuned.facts,
         }
-        made = group.from_first(lambda: _write(target, config, trainer, base, facts))
+        made = group.from_first(lambda: _write(target, kind, tuned, tokenizer, folder, facts))
     if ranks.local_rank() == 0:
         shutil.rmtree(folder, ignore_errors=ranks.world_size() > 1)  # two machines may share it
     return made
 
 
 def _write(
-    target: Path, config: SftConfig, trainer: SupervisedTrainer, base: load.Source, facts: dict[str, Any]
+    target: Path, kind: artifact.Kind, tuned: phases.Tuned, tokenizer: Any, folder: Path, facts: dict[str, Any]
 ) -> Artifact:
-    tuned = trainer.model
-    if not config.adapter:
-        tuned = freeze.whole(tuned, base, trust_remote_code=config.model.trust_remote_code)
-    with artifact.writing(target, "adapter" if config.adapter else "model") as draft:
+    model = tuned.model()
+    with artifact.writing(target, kind) as draft:
         draft.facts.update(facts)
-        draft.facts["base"]["dtype"] = str(tuned.dtype).removeprefix("torch.")
-        if config.trainable:
-            draft.facts["trained"] = freeze.trained(trainer.model)
-        if end := infer.stop_at_end_of_turn(tuned, trainer.processing_class):
+        draft.facts["base"]["dtype"] = str(model.dtype).removeprefix("torch.")
+        if end := infer.stop_at_end_of_turn(model, tokenizer):
             say(
                 f"  the chat template ends a turn with {end!r}, at which the model's generation config does not stop: it is in"
             )
             say("  the generation_config.json of the result; what serves it must stop there")
-            if config.adapter:
-                tuned.get_base_model().generation_config.save_pretrained(draft.path)
+            if kind == "adapter":
+                model.get_base_model().generation_config.save_pretrained(draft.path)
         with adapters.peft_warnings():
-            tuned.save_pretrained(draft.path, safe_serialization=True)
-        trainer.processing_class.save_pretrained(draft.path)
+            model.save_pretrained(draft.path, safe_serialization=True)
+        tokenizer.save_pretrained(draft.path)
         (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-        lines = Path(trainer.args.output_dir, "metrics.jsonl").read_text(encoding="utf-8")
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8")
         (draft.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
         svg = plots.curves_svg([json.loads(line) for line in lines.splitlines()])
         (draft.path / "curves.svg").write_text(svg, encoding="utf-8")

@@ -23,18 +23,24 @@ KEPT = ("epoch", "loss", "learning_rate", "grad_norm", *NAMES.values(), "mean_to
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
     """One JSON line a log, kept beside the checkpoints so that a resumed run goes on writing where it left off."""
 
-    def __init__(self, file: Path, trainer: Any) -> None:
-        self.file, self.trainer = file, trainer
+    def __init__(self, file: Path, trainer: Any, phase: int | None = None, before: int = 0) -> None:
+        self.file, self.trainer, self.phase, self.before = file, trainer, phase, before
         self.last: dict[str, Any] = {}
         """The newest line with a training loss."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.file) if line["step"] <= state.global_step]
+            done, lines = state.global_step, read_metrics(self.file)
+            kept = [line for line in lines if self._stands(line, done)]
             if control.should_evaluate:  # this step's validation was cut short, and comes again
-                kept = [line for line in kept if not (line["step"] == state.global_step and "validation_loss" in line)]
+                at = self.before + done
+                kept = [line for line in kept if not (line["step"] == at and "validation_loss" in line)]
             write_atomically(self.file, "".join(f"{json.dumps(line)}\n" for line in kept))
         self.seconds, self.tokens = 0.0, self.trainer.seen_tokens
+
+    def _stands(self, line: dict[str, Any], done: int) -> bool:
+        """Whether a line of before holds now that `done` steps of this phase are."""
+        return bool(line["step"] <= self.before + done and (done or line.get("phase") != self.phase))
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began = time.perf_counter()
@@ -44,7 +50,8 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
         found = {NAMES.get(key, key): value for key, value in logs.items()}
-        line = {"step": state.global_step, **{key: found[key] for key in KEPT if key in found}}
+        measured = {key: found[key] for key in KEPT if key in found}
+        line = {"step": self.before + state.global_step} | ({"phase": self.phase} if self.phase else {}) | measured
         if "loss" in line:
             tokens = int(group.total([self.trainer.seen_tokens - self.tokens])[0])
             memory = group.largest(peak_memory_gb())
@@ -55,7 +62,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
                 raise LlmtuneError(
                     f"the loss is not a number at step {state.global_step}; lower train.learning_rate, or set model.dtype to float32"
                 )
-        if len(line) > 2 and state.is_world_process_zero:
+        if measured.keys() - {"epoch"} and state.is_world_process_zero:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
@@ -64,6 +71,17 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without a last one that a killed process left unfinished."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class ValidateFirst(TrainerCallback):  # type: ignore[misc]
+    """Validation before the first step, so that a phase is measured against what it began with."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.evaluate()
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
@@ -85,7 +103,7 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
             self.bar.advance(state.global_step - self.bar.done, note(self.metrics.last))
         elif self.bar and "eval_loss" in logs:
             gap = f", {logs['eval_gap']:+.4f} from training" if "eval_gap" in logs else ""
-            say(f"  step {state.global_step}: validation loss {logs['eval_loss']:.4f}{gap}")
+            say(f"  step {self.metrics.before + state.global_step}: validation loss {logs['eval_loss']:.4f}{gap}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()

@@ -45,8 +45,8 @@ def discard(checkpoint: Path) -> None:
 
 
 def begun(folder: Path) -> bool:
-    """Whether there is a sealed checkpoint, whole or not: something that is not thrown away without asking."""
-    return any(folder.glob(f"checkpoint-*/{SEAL}"))
+    """Whether there is a sealed checkpoint or phase, whole or not: something that is not thrown away without asking."""
+    return any(folder.glob(f"**/{SEAL}"))
 
 
 def last_complete(folder: Path) -> Path | None:
@@ -79,14 +79,19 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _damaged_files(checkpoint: Path) -> str | None:
+def whole(folder: Path) -> bool:
+    """Whether `folder` holds a model that is as it was sealed."""
+    return _damaged_files(folder, "config.json") is None
+
+
+def _damaged_files(checkpoint: Path, holds: str = STATE) -> str | None:
     try:
         hashes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValueError) as error:
         return f"its seal {SEAL} cannot be read ({error})"
-    if not isinstance(hashes, dict) or STATE not in hashes:
+    if not isinstance(hashes, dict) or holds not in hashes:
         return f"its seal {SEAL} is not one of llmtune"
     missing = [name for name in hashes if not (checkpoint / name).is_file()]
     changed = [name for name in hashes if name not in missing and sha256_file(checkpoint / name) != hashes[name]]

@@ -39,15 +39,15 @@ def overfitting(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The facts of it from the lines of `metrics.jsonl`, or None.
 
     It holds when from the best validation to the last one the validation loss rose by more than `CLEAR` of itself while the
-    training loss (over the steps before each of the two) fell by more than that. A validation loss that rises with the
-    training loss is another trouble: the run diverges.
+    training loss (over the steps before each validation) fell by more than that below all it had been until the best. A
+    validation loss that rises with the training loss, or while that jumps about, is another trouble: the run diverges.
     """
     seen = [line for line in lines if "gap" in line]
     if not seen:
         return None
     best, last = min(seen, key=lambda line: float(line["validation_loss"])), seen[-1]
     rose = last["validation_loss"] / best["validation_loss"] - 1
-    fell = 1 - last["training_loss"] / best["training_loss"]
+    fell = 1 - last["training_loss"] / min(line["training_loss"] for line in seen[: seen.index(best) + 1])
     if rose <= CLEAR or fell <= CLEAR:
         return None
     keys = ("step", "validation_loss", "training_loss", "gap")

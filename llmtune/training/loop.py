@@ -9,20 +9,33 @@ from llmtune.errors import LlmtuneError, Stopped
 from llmtune.interruption import Interruption
 from llmtune.progress import say
 from llmtune.training import checkpoints, gap, group
-from llmtune.training.callbacks import GoOn, MetricsFile, ProgressDisplay, SealCheckpoints, StopOnSignal, read_metrics
+from llmtune.training.callbacks import (
+    GoOn,
+    MetricsFile,
+    ProgressDisplay,
+    SealCheckpoints,
+    StopOnSignal,
+    ValidateFirst,
+    read_metrics,
+)
 from llmtune.training.trainer import SupervisedTrainer
 
 
-def train(trainer: SupervisedTrainer, folder: Path, stop: Interruption) -> dict[str, Any]:
-    """Train, from the last whole checkpoint in `folder` where there is one. Returns the run's metrics.
+def train(
+    trainer: SupervisedTrainer, folder: Path, stop: Interruption, log: Path, phase: int | None = None, before: int = 0
+) -> dict[str, Any]:
+    """Train, from the last whole checkpoint in `folder` where there is one. Returns the metrics of this training.
 
+    log: the file of the run's metrics, a line a step. phase: its number in a run of several; `before` steps were those of the
+    earlier ones, and steps go on from there; a later phase also validates before its first step.
     A signal ends training before its next micro batch, with a checkpoint of the last whole step: raises Stopped, which
     `stop` turns into Preempted or KeyboardInterrupt.
     """
-    metrics = MetricsFile(folder / "metrics.jsonl", trainer)
+    metrics = MetricsFile(log, trainer, phase, before)
     display, on_signal = ProgressDisplay(metrics), StopOnSignal(stop)
+    first = [ValidateFirst(trainer)] if before else []
     window, seals = gap.Window(trainer), SealCheckpoints(trainer)
-    for callback in (window, seals, metrics, display, GoOn(trainer), on_signal):
+    for callback in (window, seals, metrics, display, *first, GoOn(trainer), on_signal):
         trainer.add_callback(callback)
     resume = _newest(folder)
     if resume:
@@ -40,7 +53,7 @@ def train(trainer: SupervisedTrainer, folder: Path, stop: Interruption) -> dict[
         display.close()
     if not trainer.args.load_best_model_at_end:
         trainer.optimizer.eval()  # the weights of a schedule-free optimizer are its mean; no other has an eval
-    measured: dict[str, Any] = group.from_first(lambda: _metrics(trainer, folder))
+    measured: dict[str, Any] = group.from_first(lambda: _metrics(trainer, log, phase, before))
     if measured["overfitting"]:
         say(f"  {gap.told(measured['overfitting'])}")
     return measured
@@ -57,13 +70,13 @@ def _newest(folder: Path) -> Path | None:
     return folder / name if name else None
 
 
-def _metrics(trainer: SupervisedTrainer, folder: Path) -> dict[str, Any]:
+def _metrics(trainer: SupervisedTrainer, log: Path, phase: int | None, before: int) -> dict[str, Any]:
     # from the file, which an interruption does not cut short: the whole run's, not this process's
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = [line for line in read_metrics(log) if line.get("phase") == phase]
     logged = [line for line in lines if "loss" in line]
     tokens, seconds = sum(line["tokens"] for line in logged), sum(line["seconds"] for line in logged)
     best = trainer.state.best_model_checkpoint
-    best_step = int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step
+    best_step = before + (int(Path(best).name.removeprefix("checkpoint-")) if best else trainer.state.global_step)
     return {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),

@@ -12,6 +12,7 @@ from llmtune import ranks
 from llmtune.config import Recorded
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model import adapters, freeze, infer, load
+from llmtune.progress import say
 from llmtune.training import arguments, optim, packing, rows
 from llmtune.training.callbacks import AllocateRanks
 from llmtune.training.rows import Split
@@ -19,6 +20,19 @@ from llmtune.training.trainer import SupervisedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def rehearse(views: list[Recorded], base: load.Source, place: object) -> None:
+    """Choose what each phase trains on the model without its weights, so that what cannot be chosen costs no time.
+
+    Raises ConfigError as `build_model` and `build_trainer` would. An adapter is PEFT's to choose, on the weights.
+    """
+    for view in views:
+        if view.adapter is None and not base.quantised:
+            model = load.skeleton(base, trust_remote_code=view.model.trust_remote_code)
+            if view.trainable is not None:
+                freeze.freeze(model, view.trainable.whole(), "float32")
+            optim.rates(view.train, model, place)
 
 
 def build_model(view: Recorded, base: load.Source, train: Split, device: str, place: object) -> Any:
@@ -48,7 +62,10 @@ def build_model(view: Recorded, base: load.Source, train: Split, device: str, pl
             steps=arguments.total_steps(view, len(train.rows)),
         )
     if view.trainable is not None:
-        freeze.freeze(model, view.trainable.whole(), compute)
+        chosen = view.trainable.whole()
+        if also := freeze.tied(model, chosen):
+            say(f"  {also}")
+        freeze.freeze(model, chosen, compute)
     return model.to(device)
 
 

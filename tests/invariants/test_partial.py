@@ -109,15 +109,17 @@ def by_hand(place: Path, base: Path, groups, *, decay: float = 0.0, adapt=lambda
     return losses
 
 
-def interrupted(settings, monkeypatch, step: int) -> None:
-    """Run until Ctrl-C after `step` steps, with a checkpoint."""
+def interrupted(settings, monkeypatch, step: int, after: int = 0) -> None:
+    """Run until Ctrl-C after `step` steps, with a checkpoint; `after` so many phases."""
+    ended: list[int] = []
 
     def interrupt(self, args, state, control, **_):
-        if state.global_step == step:
+        if state.global_step == step and len(ended) == after:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
         patched.setattr(callbacks.ProgressDisplay, "on_step_end", interrupt)
+        patched.setattr(callbacks.ProgressDisplay, "on_train_end", lambda *_, **__: ended.append(1))
         with pytest.raises(KeyboardInterrupt):
             sft.run(settings)
 

@@ -20,7 +20,7 @@ from llmtune.data.chats import load_chats
 from llmtune.data.tokens import IGNORED, Counts, TokenRow, encode_chats
 from llmtune.model import adapters, infer, load
 from llmtune.stages import sft
-from llmtune.training import callbacks, packing, trainer
+from llmtune.training import callbacks, loop, packing, trainer
 
 STEPS, RATE, ROWS, PAD = 6, 5e-3, 8, 257
 SAME = 2e-5
@@ -292,8 +292,8 @@ def test_an_adapter_from_disk_is_the_one_in_memory(run, tiny_folder: Path, monke
     from transformers import AutoModelForCausalLM
 
     held: list[torch.nn.Module] = []
-    train = sft.loop.train
-    monkeypatch.setattr(sft.loop, "train", lambda made, folder: (held.append(made.model), train(made, folder))[1])
+    train = loop.train
+    monkeypatch.setattr(loop, "train", lambda made, *rest: (held.append(made.model), train(made, *rest))[1])
     made = run("run", **changes)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     ids = torch.arange(4, 36)[None]
