@@ -285,6 +285,19 @@ def test_a_checkpoint_that_is_quantised_already_trains_as_it_is(run_file, nf4_fo
         load.load_model(source, "float32", "cpu")
 
 
+def test_a_float16_checkpoint_gets_a_float32_adapter(run_file, tiny_folder, tmp_path) -> None:
+    """As GPTQ and AWQ checkpoints often are: nothing is trained in a format of so little range."""
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    base(tiny_folder, "nf4", "float16").save_pretrained(tmp_path / "base")
+    raw = run_file().model_dump(exclude_unset=True)
+    made = sft.run(config.build(raw | {"model": str(tmp_path / "base")}, tmp_path / "sft.yaml"))
+    weights = load_file(made.path / "adapter_model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert all(torch.isfinite(weight).all() for weight in weights)
+    assert made.manifest["base"]["dtype"] == "float16"
+
+
 def test_what_a_quantised_checkpoint_cannot_do_is_said_before_weights_load(run_file, nf4_folder, tmp_path) -> None:
     raw = run_file().model_dump(exclude_unset=True)
     for changes, problem in (

@@ -59,7 +59,7 @@ def require_trainable(base: Source, device: str, method: str | None, place: obje
             raise ConfigError(place, str(error)) from None
 
 
-def require_loadable(base: Source, device: str, place: object = "model") -> None:
+def require_loadable(base: Source, device: str, place: object = "base") -> None:
     """Raise ConfigError naming the package that is missing, or MachineError for the hardware; cheap: no weight is read."""
     stated = on_disk(base.folder)
     if base.quantize and stated:
