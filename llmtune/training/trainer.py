@@ -181,7 +181,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         adapters.restore(
             self.model, before
         )  # CPT's weights are projected anew when they are saved, which is a step of its own
-        save_file(before, Path(output_dir or self.args.output_dir) / ADAPTER_STATE)
+        if self.args.should_save:  # every process comes here, one writes
+            save_file(before, Path(output_dir or self.args.output_dir) / ADAPTER_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _restore_adapter(model or self.model, Path(resume_from_checkpoint)):
