@@ -264,7 +264,7 @@ def _side(path: Path) -> dict[str, dict[str, Any]]:
     facts = _facts(path)
     config = {key: value for key, value in facts["config"].items() if key != "output_dir"}
     metrics = {key: value for key, value in facts["metrics"].items() if key != "total_steps"}
-    for split in filter(None, facts["data"].values()):
+    for split in (split for split in facts["data"].values() if split and "sources" in split):
         split["sources"] = {source["path"]: source["sha256"] for source in split["sources"]}
     facts |= {"config": config, "metrics": {**metrics, "verdict": facts["verdict"]}}
     return {key: _flat(value) for key, value in facts.items() if isinstance(value, dict)}

@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(["config", "artifact", "interruption", "scores", "stats", "plots"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
-    **dict.fromkeys(["evaluate", "export", "gate", "registry", "report", "runs"], 4),
+    **dict.fromkeys(["evaluate", "export", "gate", "registry", "report", "runs", "plan"], 4),
     **dict.fromkeys(["cli", "quickstart", "pipeline"], 5),
 }
 HIGHEST_BELOW = {
@@ -66,7 +66,7 @@ LIGHT += [
     "cli.project",
     "quickstart",
 ]
-LIGHT += ["runs", "cli.runs"]
+LIGHT += ["runs", "cli.runs", "cli.plan"]
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval", "scipy", "pandas", "matplotlib"]
 
 

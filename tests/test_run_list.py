@@ -33,7 +33,7 @@ def finished(tmp_path):
             draft.facts.update(
                 config={key: value for key, value in settings.items() if value is not None},
                 base={"id": "/models/base", "sha256": "b"},
-                data={"train": split, "validation": None},
+                data={"train": split, "validation": None, "batches": {"padding": 0.1}},
                 metrics={
                     "steps": 10,
                     "train_loss": 1.5,

@@ -37,6 +37,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _numbers(text: str) -> list[int]:
+    return [_positive(number) for number in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns its exit code."""
     arguments, rest = _parser().parse_known_args(argv)
@@ -178,6 +182,28 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
                 action="store_true",
                 help="go on with an interrupted run although libraries changed since: its numbers may be others",
             ),
+        ],
+    ),
+    "plan": (
+        "plan:plan",
+        "no training: tokens, steps, memory by component, time where it was measured, and what would fit",
+        [
+            _argument("config", type=Path, nargs="?", metavar="CONFIG", help="a run file (YAML)"),
+            OVERRIDES,
+            _argument(
+                "--model", metavar="MODEL", help="instead of a run file: a table of strategies for this model's config"
+            ),
+            _argument("--gpus", type=_numbers, default=[1, 8, 64], metavar="1,8,64", help="with --model"),
+            _argument(
+                "--gpu-memory-gb",
+                type=_positive,
+                default=80,
+                metavar="GB",
+                help="of one GPU, with --model; default: 80",
+            ),
+            _argument("--micro-batch-size", type=_positive, default=1, metavar="ROWS", help="with --model; default: 1"),
+            _argument("--length", type=_positive, default=2048, metavar="TOKENS", help="with --model; default: 2048"),
+            JSON,
         ],
     ),
     "eval": ("judge:evaluate", "base and tuned on the same items, in one process", [CONFIG, OVERRIDES]),

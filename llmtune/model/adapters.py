@@ -47,22 +47,10 @@ def build_adapter(
     steps: optimizer steps of the run, which AdaLoRA's schedule ends at.
     Raises ConfigError with PEFT's reason when the fields do not fit each other or the model.
     """
-    import peft
-
     torch.manual_seed(seed)
     before, given = _probe(model), set(model.parameters())
-    try:
-        with peft_warnings():
-            made = peft.get_peft_model(model, peft_config(adapter, steps), autocast_adapter_dtype=False)
-    except (TypeError, ValueError, AttributeError) as error:
-        schedule = f" (total_step is the {steps} steps of the run)" if "total_step" in str(error) else ""
-        raise ConfigError("adapter", _reason(error, model) + schedule) from None
-    except RuntimeError as error:
-        if "floating point" not in str(error):
-            raise
-        raise ConfigError("adapter", "asks for a gradient of quantised weights (in modules_to_save, say)") from None
+    made = wrap(model, adapter, steps)
     _follow_base(made, given)
-    _fit_to_runs(made)
     if adapter.method == "lily":
         say(
             "  lily mixes its experts by the mean over a whole batch: an answer depends on the rows beside it and on tokens "
@@ -77,6 +65,24 @@ def build_adapter(
                 "adapter",
                 "this initialisation changes the base's own weights, so that switching the adapter off no longer gives the base; set init_lora_weights to true",
             )
+    return made
+
+
+def wrap(model: PreTrainedModel, adapter: AdapterConfig, steps: int | None = None) -> PeftModel:
+    """`model` with the layers of a new adapter, as PEFT makes them. Raises ConfigError with PEFT's reason."""
+    import peft
+
+    try:
+        with peft_warnings():
+            made = peft.get_peft_model(model, peft_config(adapter, steps), autocast_adapter_dtype=False)
+    except (TypeError, ValueError, AttributeError) as error:
+        schedule = f" (total_step is the {steps} steps of the run)" if "total_step" in str(error) else ""
+        raise ConfigError("adapter", _reason(error, model) + schedule) from None
+    except RuntimeError as error:
+        if "floating point" not in str(error):
+            raise
+        raise ConfigError("adapter", "asks for a gradient of quantised weights (in modules_to_save, say)") from None
+    _fit_to_runs(made)
     return made
 
 

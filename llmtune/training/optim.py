@@ -40,9 +40,10 @@ class Rates:
     lora_plus_ratio: float | None = None
 
 
-def check(train: TrainConfig, device: str, place: object) -> None:
+def check(train: TrainConfig, device: str, place: object) -> float:
     """Take one step of the run's optimizer and schedule on one small matrix: milliseconds, before any weight is loaded.
 
+    Returns the bytes that the optimizer keeps for a trained float32 weight (8 for AdamW).
     Raises ConfigError, with what to install or to write, for what is missing here and for settings without effect.
     """
     name, options = train.optimizer, dict(train.optimizer_options)
@@ -74,6 +75,9 @@ def check(train: TrainConfig, device: str, place: object) -> None:
     except UPSTREAM as error:
         raise _explained("train.optimizer", name, error, place) from None
     _check_schedule(train, made, "warmup_steps" in given, place)
+    kept = [value for state in made.state.values() for value in state.values() if torch.is_tensor(value)]
+    weights = sum(weight.numel() for weight in model.parameters())
+    return float(sum(value.numel() * value.element_size() for value in kept if value.numel() > 1) / weights)
 
 
 def rates(train: Recorded, model: Any, place: object) -> Rates:

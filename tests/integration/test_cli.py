@@ -13,7 +13,21 @@ from llmtune import artifact, config
 from llmtune.errors import ArtifactError, ConfigError, DataError, LlmtuneError, MachineError, Preempted, ProofError
 from llmtune.scores import Score
 
-VERBS = ["quickstart", "init", "data", "sft", "eval", "gate", "merge", "chat", "report", "runs", "schema", "doctor"]
+VERBS = [
+    "quickstart",
+    "init",
+    "data",
+    "sft",
+    "plan",
+    "eval",
+    "gate",
+    "merge",
+    "chat",
+    "report",
+    "runs",
+    "schema",
+    "doctor",
+]
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "scipy"}
 
 
