@@ -199,6 +199,26 @@ def a_4_bit_base_costs_little(short: bool, folder: Path) -> Iterator[Outcome]:
     )
 
 
+def a_killed_run_comes_to_the_same_end(short: bool, folder: Path) -> Iterator[Outcome]:
+    words = [
+        sys.executable,
+        str(ROOT / "tests" / "killing.py"),
+        str(folder / "killed"),
+        "--kills",
+        "6" if short else "100",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    told = json.loads(done.stdout)
+    wrong = "; ".join(told["wrong"])
+    yield Outcome(
+        "SIGKILL at random instants of a small run, each resumed: final weights and metrics equal to the bit, nothing left over",
+        f"{told['kills']} kills in {told['runs']} runs" + (f": {wrong}" if wrong else ""),
+        "all equal",
+        not wrong,
+    )
+
+
 def it_is_no_slower_than_a_plain_loop(short: bool, folder: Path) -> Iterator[Outcome]:
     if short:
         return
@@ -227,6 +247,7 @@ CASES: list[Case] = [
     the_judge_agrees_with_people,
     the_quickstart_holds,
     a_4_bit_base_costs_little,
+    a_killed_run_comes_to_the_same_end,
     it_is_no_slower_than_a_plain_loop,
 ]
 

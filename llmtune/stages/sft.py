@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,10 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
     output = Path(view.output_dir)
     kind: artifact.Kind = "adapter" if view.adapter is not None and len(views) == 1 else "model"
     target = output / kind
+    folder = output / "checkpoints"
     if target.exists():
         artifact.read(target)  # names what is wrong with it, if anything
+        resume.clear(folder)  # of a run that was killed at its very end
         raise ConfigError(
             place, f"output_dir: {target} is finished already; choose another output_dir, or move it away"
         )
@@ -63,7 +64,6 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
         if warning := base.licence_warning:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
-        folder = output / "checkpoints"
         try:
             with workspace.prepared(output) as first:
                 if first:
@@ -79,7 +79,7 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
             tuned = phases.train(views, base, given)
         except UserError:
             if not checkpoints.begun(folder):
-                shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
+                resume.clear(folder)  # nothing to go on from
             raise
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
@@ -92,7 +92,7 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
         }
         made = group.from_first(lambda: _write(target, kind, tuned, tokenizer, folder, facts))
     if ranks.local_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=ranks.world_size() > 1)  # two machines may share it
+        resume.clear(folder)
     return made
 
 

@@ -61,14 +61,30 @@ def claim(folder: Path, identity: dict[str, Any], place: object, *, other_versio
     if note.is_file() and checkpoints.begun(folder):
         before = json.loads(note.read_text(encoding="utf-8"))
         _compare(before, identity, folder, place, other_versions=other_versions)
-    elif folder.exists() and not note.is_file() and any(folder.iterdir()):
-        raise ConfigError(
-            place, f"output_dir: {folder} holds files that are not this tool's; choose another output_dir"
-        )
     else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(
+            not path.name.startswith(f".{NOTE}.") for path in folder.iterdir()
+        ):  # one killed while it wrote the note
+            raise ConfigError(
+                place, f"output_dir: {folder} holds files that are not this tool's; choose another output_dir"
+            )
     write_atomically(note, json.dumps(identity, indent=1))
+
+
+def clear(folder: Path) -> None:
+    """Delete a run's checkpoints, the note last, so that what is left of them is known to be ours whenever this is cut short.
+
+    A folder without a note is not touched.
+    """
+    if (folder / NOTE).is_file():
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)  # two machines of one run may both be at it
+            elif path.name != NOTE:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path, place: object, *, other_versions: bool) -> None:

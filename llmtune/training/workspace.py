@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,9 @@ def _alone(output: Path, place: object) -> Iterator[None]:
                 raise ConfigError(
                     place, f"output_dir: another run is writing into {output}; wait for it, or choose another"
                 ) from None
+    if lock.is_locked:
+        for draft in output.glob("*.partial-*"):  # a process killed while it wrote the result cannot tidy up
+            shutil.rmtree(draft)
     failed = True
     try:
         yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -241,6 +242,35 @@ def test_a_disk_that_fills_up_and_is_freed(llmtune, run_file, small_disk, tmp_pa
         assert half_written(disk) == []
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_disk_that_fills_up_after_good_checkpoints(llmtune, run_file, small_disk, tmp_path, monkeypatch, share):
+    """At three places in the second checkpoint: the weights, what torch.save writes, the end. The first one is gone on from."""
+    used, seal = [], checkpoints.seal
+
+    def measured(checkpoint: Path) -> None:
+        seal(checkpoint)
+        used.append(shutil.disk_usage(checkpoint).used)
+
+    more = ["train.max_steps=4", "adapter.lora_dropout=0.2"]
+    with small_disk(tmp_path / "whole", 10_000) as disk, monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "seal", measured)
+        assert llmtune("sft", run_file, f"output_dir={disk}", *more).code == 0
+        expected = (disk / "adapter" / "adapter_model.safetensors").read_bytes()
+    kilobytes = int(used[0] + share * (used[1] - used[0])) // 1024
+    with small_disk(tmp_path / "run", kilobytes) as disk:
+        done = llmtune("sft", run_file, *more)
+        assert (done.code, done.message) == (
+            1,
+            f"{disk}: the disk is full. Free space and run the same command again\n",
+        )
+        assert checkpoints.last_complete(disk / "checkpoints") == disk / "checkpoints" / "checkpoint-1"
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        done = llmtune("sft", run_file, *more)
+        assert "  checkpoint-2 cannot be resumed from and is deleted: it was not written to its end\n" in done.err
+        assert "  resuming from checkpoint-1\n" in done.err
+        assert (disk / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
 def test_a_disk_of_any_size(llmtune, run_file, small_disk, tmp_path):
     for kilobytes in (8, 16, 40, 64, 100, 180, 220, 300):
         with small_disk(tmp_path / "run", kilobytes) as disk:
@@ -260,3 +290,17 @@ def test_a_disk_that_is_full_from_the_start(llmtune, run_file, monkeypatch):
     assert done.code == 1
     assert "the disk is full" in done.message
     assert half_written(run_file.parent / "run") == []
+
+
+# ---- a process that is killed
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_instants_comes_to_the_same_end(tmp_path):
+    """In a process of its own, since only one that has computed nothing may be forked (killing.py)."""
+    argv = [sys.executable, str(Path(__file__).parents[1] / "killing.py"), str(tmp_path), "--kills", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["kills"], told["wrong"]) == (4, [])
