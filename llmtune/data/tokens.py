@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,11 +27,13 @@ class TokenRow:
     """input_ids and labels, each of shape (tokens,); a label is IGNORED where no loss is taken.
 
     weights: of shape (tokens,), what each token's loss is multiplied by; None where every supervised token weighs 1.
+    place: the file and line that the row comes from.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: list[float] | None = None
+    place: str = field(default="", compare=False)
 
     @property
     def supervised(self) -> int:
@@ -169,7 +171,7 @@ def encode_chats(
         key = hash(tuple(row.input_ids))
         counts.duplicates += key in counts.keys
         counts.keys.add(key)
-        yield row
+        yield replace(row, place=chat.row.place)
     if problems:
         raise DataError("data", problems)
     if not counts.rows:
@@ -183,7 +185,7 @@ def write_dataset(rows: Iterator[TokenRow], file: Path) -> Dataset:
 
     The dataset has a column `weights` (float32, of the length of `labels`) only where some row has weights. Our own file and
     not `Dataset.from_generator`, whose cache is keyed by the generator's arguments and so serves old rows when a file changes
-    under the same name.
+    under the same name. Where each row comes from stands beside it, a line a row, in `.places`.
     """
     import datasets
     import pyarrow as pa
@@ -192,7 +194,8 @@ def write_dataset(rows: Iterator[TokenRow], file: Path) -> Dataset:
     schema = pa.schema([*columns.items(), ("length", pa.int32())])
     weighted = False
     file.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    places = file.with_suffix(".places").open("w", encoding="utf-8")
+    with places, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(rows, 1000)):
             weighted = weighted or any(row.weights is not None for row in batch)
             found = [
@@ -205,5 +208,6 @@ def write_dataset(rows: Iterator[TokenRow], file: Path) -> Dataset:
                 for row in batch
             ]
             writer.write_batch(pa.RecordBatch.from_pylist(found, schema))
+            places.writelines(f"{' '.join(row.place.split())}\n" for row in batch)
     dataset = datasets.Dataset.from_file(str(file))
     return dataset if weighted else dataset.remove_columns("weights")

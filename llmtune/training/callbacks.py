@@ -11,7 +11,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llmtune.artifact import write_atomically
-from llmtune.errors import LlmtuneError
 from llmtune.interruption import Interruption
 from llmtune.progress import Progress, say
 from llmtune.training import checkpoints, group
@@ -58,10 +57,6 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
             line |= {"tokens": tokens, "seconds": round(self.seconds, 4), "memory_gb": round(memory, 3)}
             line["tokens_per_s"] = round(tokens / self.seconds, 1)
             self.seconds, self.tokens, self.last = 0.0, self.trainer.seen_tokens, line
-            if line["loss"] != line["loss"]:
-                raise LlmtuneError(
-                    f"the loss is not a number at step {state.global_step}; lower train.learning_rate, or set model.dtype to float32"
-                )
         if measured.keys() - {"epoch"} and state.is_world_process_zero:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")

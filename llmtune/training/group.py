@@ -54,6 +54,15 @@ def from_first(make: Callable[[], Made]) -> Made:
     return made
 
 
+def every(values: list[Made]) -> list[Made]:
+    """The values of all processes, in their order."""
+    if ranks.world_size() == 1:
+        return values
+    found: list[list[Made]] = [[] for _ in range(ranks.world_size())]
+    distributed.all_gather_object(found, values)
+    return [value for part in found for value in part]
+
+
 def check(config: Any, place: object) -> None:
     """Raise ConfigError for a launch that would not train what the run file says. No process is connected yet."""
     seen, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size()))

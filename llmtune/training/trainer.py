@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from trl import SFTTrainer
 from llmtune.data.tokens import IGNORED
 from llmtune.model import adapters
 from llmtune.model.infer import supervised_logits
-from llmtune.training import group, optim
+from llmtune.training import blame, group, optim
 
 ADAPTER_STATE = "adapter_state.safetensors"
 """In a checkpoint, beside PEFT's own file, which for some methods is not enough to go on from."""
@@ -42,6 +43,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     """Sums of losses and of the weights of supervised tokens in this process: of training since the last validation, and of validation."""
     saved_step: int | None = None
     """The step of the last checkpoint that this process wrote."""
+    _finite_step = 0
+    """The last step whose gradient was seen to be finite."""
     _last_step: tuple[Any, ...] | None = None
     """What a step that is dropped half-way has touched, as it was after the last whole one: random numbers and `learned`."""
     rates = optim.Rates()
@@ -111,6 +114,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             output = super().evaluation_loop(*arguments, **settings)
         loss, tokens, learned, learned_tokens = group.total([*self.validated, *self.learned])
         output.metrics["eval_loss"] = loss / tokens
+        if not math.isfinite(loss):
+            raise blame.validation(self, arguments[0], max(self._finite_step, self._initial_global_step))
         if learned_tokens:
             output.metrics["eval_training_loss"] = learned / learned_tokens
             output.metrics["eval_gap"] = loss / tokens - learned / learned_tokens
@@ -120,6 +125,28 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
     def validate(self) -> None:
         """Validate at this step, as training does when it is this step's turn."""
         self._determine_best_metric(self._evaluate(None, None), None)
+
+    def get_batch_samples(self, *arguments: Any, **settings: Any) -> Any:
+        samples = super().get_batch_samples(*arguments, **settings)
+        self._step_batches = samples[0]
+        return samples
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As transformers'; a gradient that is not finite ends the run before it reaches the weights, and names the rows.
+
+        Looked at where it costs no wait: on a CPU at every step, on a GPU at those that wait for it anyway.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, rhythms = (
+            self.state.global_step + 1,
+            (self.state.logging_steps, self.state.eval_steps, self.state.save_steps),
+        )
+        looked = self.args.device.type == "cpu" or any(every and step % every == 0 for every in rhythms)
+        if looked or step == self.state.max_steps:
+            if not math.isfinite(norm):
+                raise blame.training(self, self._step_batches, max(self._finite_step, self._initial_global_step))
+            self._finite_step = step
+        return norm
 
     def save_last_step(self) -> None:
         """Write the checkpoint of the last whole optimizer step of this process, if there is one and it is not written yet.
