@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import io
+import pickle
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -60,24 +62,57 @@ def check(train: TrainConfig, device: str, place: object) -> float:
     defaults = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
     words = {"optim": name, "learning_rate": train.learning_rate, "weight_decay": train.weight_decay}
     args = SimpleNamespace(**defaults | words | {"warmup_steps": train.warmup_steps, "parallel_mode": None})
-    kind, given = chosen(args, model, options, place)
     _check_options(args, model, options, place)
-    own_groups = given.pop("params", None)
+    given = chosen(args, model, options, place)[1]
     for key, value in (("weight_decay", train.weight_decay), ("layer_decay", train.layer_decay)):
-        if value and own_groups:
+        if value and "params" in given:
             raise ConfigError(place, f"train.{key}: has no effect with {name}, which groups weights itself; remove it")
     try:
-        made = kind(own_groups or model.parameters(), **given)
-        if callable(getattr(made, "train", None)):
-            made.train()  # schedule-free optimizers have two states
-        model(torch.ones(1, 64, device=device)).sum().backward()
-        made.step()
+        made = _stepped(args, model, options, place)
+        same = _same_after_reading(made, args, model, options, place)
     except UPSTREAM as error:
         raise _explained("train.optimizer", name, error, place) from None
+    if not same:
+        raise ConfigError(
+            place,
+            f"train.optimizer: {name} does not save all of its state, so a run that is interrupted would not go on as it was; "
+            "use another",
+        )
     _check_schedule(train, made, "warmup_steps" in given, place)
     kept = [value for state in made.state.values() for value in state.values() if torch.is_tensor(value)]
     weights = sum(weight.numel() for weight in model.parameters())
     return float(sum(value.numel() * value.element_size() for value in kept if value.numel() > 1) / weights)
+
+
+def _stepped(args: Any, model: torch.nn.Module, options: dict[str, Any], place: object, state: Any = None) -> Any:
+    """An optimizer of `model` after one step, from `state` where it is given."""
+    kind, given = chosen(args, model, options, place)
+    made = kind(given.pop("params", model.parameters()), **given)
+    if callable(getattr(made, "train", None)):
+        made.train()  # schedule-free optimizers have two states
+    if state is not None:
+        made.load_state_dict(state)
+    _step(made, model)
+    return made
+
+
+def _step(made: Any, model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.linspace(-1, 1, parameter.numel(), device=parameter.device).reshape(parameter.shape)
+    made.step()
+
+
+def _same_after_reading(made: Any, args: Any, model: torch.nn.Module, options: dict[str, Any], place: object) -> bool:
+    """Whether the optimizer's next step is the same after its state was written and read as a checkpoint's is."""
+    other, file = copy.deepcopy(model), io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    try:
+        _stepped(args, other, options, place, torch.load(file, weights_only=True))
+    except pickle.UnpicklingError:
+        return False  # an object that no checkpoint may hold, since reading one can run code
+    _step(made, model)
+    return all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def rates(train: Recorded, model: Any, place: object) -> Rates:
