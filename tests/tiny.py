@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 def family(name: str, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
     """A random 2-layer model of another model type, hidden 64, float32, in eval mode."""
     sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
     given = {**sizes, **heads, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = AutoConfig.for_model(name, **given | FAMILIES[name])
     with torch.random.fork_rng(devices=[]):

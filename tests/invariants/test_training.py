@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -139,6 +140,17 @@ def test_packed_training_equals_a_plain_loop_over_padded_rows(
     assert made.manifest["data"]["batches"]["sequences"] == 4
     assert made.manifest["data"]["train"]["rows"] == ROWS
     assert logged(made) == pytest.approx(expected, abs=SAME)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3", "gemma2", "gemma3_text"])
+def test_other_families_equal_the_plain_loop_padded_and_packed(run, tmp_path: Path, family: str) -> None:
+    """All but Qwen with sliding windows shorter than the rows, and with them Gemma's capped logits."""
+    folder = tmp_path / family
+    tiny.family(family).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    expected = by_hand(folder, [encoded(tmp_path, folder)] * STEPS)
+    for name, changes in (("padded", {"train__micro_batch_size": 2}), ("packed", PACKED)):
+        assert logged(run(name, model__name=str(folder), **changes)) == pytest.approx(expected, abs=SAME)
 
 
 # ---- equivalent set-ups
