@@ -77,6 +77,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gpt2": {},
     "mamba": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.1},
     "bloom": {"n_head": 4},

@@ -119,9 +119,8 @@ def require_isolation(model: Any, packed: Dataset, collate: Collator, place: obj
     split = len(first) - 1
     influence = (together[split:] - other[split:]).abs().max().item()
     drift = max((a - b).abs().mean().item() for a, b in zip((together[:split], together[split:]), alone, strict=True))
-    if influence > INFLUENCE.get(dtype, INFLUENCE[torch.bfloat16]) or not drift <= DRIFT.get(
-        dtype, DRIFT[torch.bfloat16]
-    ):
+    rounding = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    if not (influence <= INFLUENCE[rounding] and drift <= DRIFT[rounding]):  # nor where they are no numbers
         what = f"{type(_base(model)).__name__} with {_base(model).config._attn_implementation} attention"
         raise ConfigError(
             place,

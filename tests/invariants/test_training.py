@@ -362,12 +362,12 @@ def test_bfloat16_adapters_learn_like_float32_ones(run) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_length_buckets_are_dealt_whole_to_any_number_of_processes(world: int) -> None:
-    """accelerate deals micro batches in turn, so that a step of all processes is one bucket of rows of like length."""
+    """accelerate deals micro batches in turn, so that a step of all processes is one bucket: neighbours in the order of lengths."""
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler
 
     micro, accumulation = 2, 3
-    lengths = [(37 * n) % 101 for n in range(24 * world)]
+    lengths = [(37 * n) % 389 for n in range(24 * world)]  # no two alike
     batch = micro * accumulation * world
     sampler = trainer.LengthBuckets(lengths, batch, seed=3)
     order = list(sampler)
@@ -377,3 +377,5 @@ def test_length_buckets_are_dealt_whole_to_any_number_of_processes(world: int) -
             row for shard in shards for part in shard[step * accumulation : (step + 1) * accumulation] for row in part
         ]
         assert sorted(dealt) == sorted(order[step * batch : (step + 1) * batch])
+        places = sorted(sorted(lengths).index(lengths[row]) for row in dealt)
+        assert places == list(range(places[0], places[0] + batch))
