@@ -1,11 +1,13 @@
 """Useful tokens per second and peak memory of the whole `llmtune sft` command, against TRL's own command and a plain loop.
 
-    python benchmarks/sft_speed.py [--rows 160] [--repeats 1] [--model NAME] [--json FILE]
+    python benchmarks/sft_speed.py [--rows 160] [--repeats 1] [--only llmtune packed] [--model NAME] [--json FILE]
 
 The same rows, base model, LoRA, batch size, learning rate and number of steps, one after the other, each in a process of its
 own. A useful token is a token of a row, padding not counted. Training seconds are those between the first and the last step;
 whole seconds are the command's. Speeds on a shared machine drift: read the ratios, which come from one run.
 
+ * `packed`: `llmtune sft` with packed rows, one sequence of at most 1024 tokens a step, which is about eight of these rows. Its
+   steps see other rows, so compare its speed, not its losses.
  * `trl`: TRL's own `trl sft` command with its own defaults (float32 adapters on a bfloat16 base, head on every position).
  * `plain`: a hand-written PyTorch + PEFT loop, the recipe one would write who knows the machine: bfloat16 adapters, batches of
    rows of like length, logits only where a label stands.
@@ -33,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=["llmtune", "packed", "trl", "plain"])
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=["plain"], help=argparse.SUPPRESS)
@@ -44,7 +47,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens, steps = prepare(folder, arguments.rows, arguments.model)
-        runs = {"llmtune": llmtune_command, "trl": trl_command, "plain": plain_command}
+        runs = {"llmtune": llmtune_command, "packed": packed_command, "trl": trl_command, "plain": plain_command}
+        runs = {what: runs[what] for what in arguments.only or runs}
         table = []
         for repeat in range(arguments.repeats):
             for what, command in runs.items():
@@ -78,21 +82,29 @@ def prepare(folder: Path, rows: int, model: str) -> tuple[int, int]:
 
 
 def llmtune_command(folder: Path, repeat: int) -> list[str]:
-    file = folder / f"sft-{repeat}.yaml"
+    return _sft(folder, f"llmtune-{repeat}", {}, BATCH)
+
+
+def packed_command(folder: Path, repeat: int) -> list[str]:
+    return _sft(folder, f"packed-{repeat}", {"packing": True, "max_length": 1024}, 1)
+
+
+def _sft(folder: Path, name: str, data: dict[str, object], batch: int) -> list[str]:
+    file = folder / f"{name}.yaml"
     adapter = {"method": "lora", "r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS}
     run = {
         "stage": "sft",
         "model": str(folder / "base"),
-        "data": {"train": "./train.jsonl"},
+        "data": {"train": "./train.jsonl"} | data,
         "adapter": adapter,
         "train": {
             "epochs": 1,
-            "batch_size": BATCH,
-            "micro_batch_size": BATCH,
+            "batch_size": batch,
+            "micro_batch_size": batch,
             "learning_rate": LEARNING_RATE,
             "seed": SEED,
         },
-        "output_dir": f"./llmtune-{repeat}",
+        "output_dir": f"./{name}",
     }
     file.write_text(json.dumps(run))  # JSON is YAML
     return [sys.executable, "-m", "llmtune", "sft", str(file)]
@@ -202,8 +214,8 @@ def measure(what: str, command: list[str], folder: Path, repeat: int, tokens: in
 
 def losses(what: str, folder: Path, repeat: int, log: Path) -> dict:
     """Loss of every step, and the training's seconds as each tool reports them."""
-    if what == "llmtune":
-        made = folder / f"llmtune-{repeat}" / "adapter"
+    if what in ("llmtune", "packed"):
+        made = folder / f"{what}-{repeat}" / "adapter"
         lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
         seconds = json.loads((made / "llmtune.json").read_text())["metrics"]["seconds"]
         return {"losses": [line["loss"] for line in lines if "loss" in line], "seconds": seconds}
@@ -234,16 +246,19 @@ def show(table: list[dict], tokens: int, steps: int) -> None:
         values = sorted(row[key] for row in table if row["what"] == what)
         return values[len(values) // 2]
 
-    print(f"\n{tokens:,} useful tokens, {steps} steps; medians of {len(table) // 3} run(s)\n")
+    tools = list(dict.fromkeys(str(row["what"]) for row in table))
+    print(
+        f"\n{tokens:,} useful tokens, {steps} steps (packed: its own); medians of {len(table) // len(tools)} run(s)\n"
+    )
     print(
         "| | whole command, s | training, s | useful tokens/s, training | CPU s | peak memory, GB | last losses (mean of 5) |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|")
-    for what in ("llmtune", "trl", "plain"):
+    for what in tools:
         keys = ("whole_s", "train_s", "tokens_per_s_train", "cpu_s", "peak_memory_gb")
         last = [sum(row["losses"][-5:]) / 5 for row in table if row["what"] == what][-1]
         print(f"| {what} | " + " | ".join(f"{median(what, key):,.1f}" for key in keys) + f" | {last:.3f} |")
-    for other in ("trl", "plain"):
+    for other in [tool for tool in tools if tool != "llmtune"] if "llmtune" in tools else []:
         ratio = median("llmtune", "tokens_per_s_train") / median(other, "tokens_per_s_train")
         whole = median(other, "whole_s") / median("llmtune", "whole_s")
         print(f"\nllmtune / {other}: {ratio:.2f} x the training speed, {whole:.2f} x the speed of the whole command")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from test_methods import METHODS, SMALLEST
 
 from llmtune import config
 from llmtune.config import peft_methods
@@ -164,6 +166,19 @@ def test_an_adapter_that_looks_along_the_sequence_is_seen_and_left_as_it_was(pac
     with pytest.raises(ConfigError, match="does not keep packed rows apart"):
         packing.require_isolation(model, packed, collate, "f", mixed_bf16=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+ALONG = {"lily"}
+"""Methods that mix all tokens of a batch: Lily weighs its experts by a mean over them, padding included."""
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not peft_methods.has_virtual_tokens(m)])
+def test_every_method_keeps_packed_rows_apart_or_is_refused(packed, method: str) -> None:
+    adapter = AdapterConfig(method=method, **SMALLEST.get(method, {}))
+    model = adapters.build_adapter(tiny.model(), adapter, "float32", 1e-3, seed=0, steps=6)
+    refused = pytest.raises(ConfigError, match="does not keep packed rows apart")
+    with refused if method in ALONG else contextlib.nullcontext():
+        packing.require_isolation(model, packed, packing.Collator(PAD, padding_free=True), "f", mixed_bf16=False)
 
 
 class Shifted(packing.Collator):
