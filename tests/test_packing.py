@@ -100,6 +100,15 @@ def test_every_row_is_in_one_sequence_whole(tmp_path: Path) -> None:
     assert sum(map(len, sequences["input_ids"])) / (64 * len(sequences)) > 0.97
 
 
+def test_the_same_rows_make_the_same_file(tmp_path: Path) -> None:
+    made = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        packing.pack(write_dataset(iter(token_rows()), folder / "rows.arrow"), 64, folder / "packed.arrow")
+        made.append((folder / "packed.arrow").read_bytes())
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "packed"])
 def test_weights_go_with_their_tokens(padding_free: bool) -> None:
     examples = [

@@ -44,7 +44,8 @@ def pack(rows: Dataset, max_length: int, file: Path) -> Dataset:
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        into = {"cache_file_name": str(file), "load_from_cache_file": False}
+        # a fingerprint of ours: that of datasets has the time in it, and the same rows are to make the same file
+        into = {"cache_file_name": str(file), "load_from_cache_file": False, "new_fingerprint": file.stem}
         return pack_dataset(rows.select_columns(columns), max_length, "bfd", into)
     finally:
         if shown:
