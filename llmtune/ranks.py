@@ -56,22 +56,25 @@ def telling(output: Path) -> Iterator[None]:
     clear(output)
     try:
         yield
-    except BaseException as error:  # whatever ends the run, Ctrl-C included, is what the launcher will not say
-        known = _of_the_connection(error) if world_size() > 1 else None
-        tell(output, known or error)
-        raise (known or error) from None if known else error.__cause__
+    except BaseException as raised:  # whatever ends the run, Ctrl-C included, is what the launcher will not say
+        error = _meaning(raised)
+        if not tell(output, raised):
+            raise ToldElsewhere((ending(error) or (1, ""))[0]) from raised
+        error.__dict__["told"] = launched()
+        raise error from raised.__cause__
     if rank() == 0:
         clear(output, whoever=True)  # of an earlier attempt under the same launcher
 
 
-def tell(output: Path, error: BaseException) -> None:
-    """Write into `output` how the run ends, if this is the first to say so; raises ToldElsewhere if another was."""
-    if not launched() or isinstance(error, ToldElsewhere) or hasattr(error, "told"):
-        return
-    code, message = ending(error) or (1, f"{type(error).__name__}: {error}")
-    error.told = True  # type: ignore[attr-defined]
-    if not note(output, code, message, rank()) or (TOLD_BY_PARENT in os.environ and ending(error)):
-        raise ToldElsewhere(code) from error
+def tell(output: Path, error: BaseException) -> bool:
+    """Write into `output` how a launched run ends, if this is the first to say so. Returns whether the user is to read it from here."""
+    if not launched():
+        return True
+    if "told" not in error.__dict__:
+        known = ending(_meaning(error))
+        first = note(output, *(known or (1, f"{type(error).__name__}: {error}")), rank())
+        error.__dict__["told"] = first and not (known and TOLD_BY_PARENT in os.environ)
+    return bool(error.__dict__["told"])
 
 
 def note(output: Path, code: int, message: str, rank: int) -> bool:
@@ -90,7 +93,7 @@ def clear(output: Path, *, whoever: bool = False) -> None:
     """Remove the exit.json of a run before this one. One that a process of this very launch wrote already stays."""
     file = output / EXIT
     with contextlib.suppress(OSError):
-        if whoever or not launched() or file.stat().st_mtime < _launch_time():
+        if whoever or not launched() or file.stat().st_mtime < launch_time():
             file.unlink()
 
 
@@ -109,7 +112,8 @@ def launch() -> str:
 
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     where = socket.gethostname() if address in ("", "localhost", "127.0.0.1", "::1") else address
-    return f"{where}:{port}:{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    attempt = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    return ":".join([where, port, *attempt])
 
 
 def timeout_s() -> int:
@@ -127,7 +131,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _launch_time() -> float:
+def launch_time() -> float:
     """When the launcher was started: before any of the processes of this run."""
     import psutil
 
@@ -137,13 +141,12 @@ def _launch_time() -> float:
         return float(psutil.Process().create_time())
 
 
-def _of_the_connection(error: BaseException) -> LlmtuneError | None:
-    """What gloo's and NCCL's words mean: another process is gone, or does not answer."""
+def _meaning(error: BaseException) -> BaseException:
+    """The error, or what gloo's and NCCL's words for it mean: another process is gone, or does not answer."""
     text = str(error)
-    if not isinstance(error, RuntimeError):
-        return None
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return error
     if "Timed out waiting" in text or "timed out" in text:
-        return LlmtuneError(
-            f"another process of this run did not answer for {timeout_s()} s: it hangs, or is slower than {TIMEOUT} allows"
-        )
-    return LlmtuneError(LOST) if "onnection" in text or "ncclRemoteError" in text else None
+        limit = f"it hangs, or is slower than {TIMEOUT} allows"
+        return LlmtuneError(f"another process of this run did not answer for {timeout_s()} s: {limit}")
+    return LlmtuneError(LOST) if "onnection" in text or "ncclRemoteError" in text else error

@@ -81,7 +81,7 @@ def _run(target: str, arguments: argparse.Namespace) -> int:
         if arguments.debug or known is None:
             raise
         code, message = known
-        if ranks.rank() == 0 or hasattr(error, "told"):
+        if ranks.rank() == 0 or getattr(error, "told", False):
             print(f"llmtune: {message}", file=sys.stderr)
         return code
 

@@ -17,8 +17,8 @@ from llmtune import ranks
 from llmtune.errors import INTERRUPTED_EXIT, ConfigError, Preempted
 from llmtune.interruption import SIGNALS
 
-GRACE_S = 30
-"""torch's own: how long a process may take to end once another one has failed."""
+GRACE_S = 10
+"""How long a process may take to end once another one has failed; then it is killed."""
 
 
 def run(processes: int, words: list[str], output: Path) -> int:
@@ -41,8 +41,11 @@ def run(processes: int, words: list[str], output: Path) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         with _passing_on(children) as received:
-            while (result := children.wait(timeout=1, period=0.1)) is None:
-                pass
+            while not any(child.proc.poll() for child in children.subprocess_handlers.values()):
+                if children.wait(timeout=0.1, period=0.1):
+                    return 0
+            children.close(timeout=GRACE_S)
+            result = children.wait(timeout=0)
     return _ending({rank: failure.exitcode for rank, failure in result.failures.items()}, received, output)
 
 

@@ -18,7 +18,7 @@ from llmtune.config.sft import SftConfig
 from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError, UserError
 from llmtune.interruption import Interruption
-from llmtune.model import adapters, infer, load, quantised
+from llmtune.model import adapters, infer, load, quantised, saved
 from llmtune.progress import say
 from llmtune.training import checkpoints, group, optim, packing, phases, resume, rows, setup, workspace
 
@@ -112,6 +112,7 @@ def _write(
                 model.get_base_model().generation_config.save_pretrained(draft.path)
         with adapters.peft_warnings():
             model.save_pretrained(draft.path, safe_serialization=True)
+            saved.require_whole(draft.path, model)
         tokenizer.save_pretrained(draft.path)
         (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8")

@@ -129,6 +129,8 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.saved_step = state.global_step
+        if state.best_global_step:  # transformers looks for the folder before FSDP has made it, and keeps an older one
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
         group.wait()  # each process writes the state of its own random numbers
         if state.is_world_process_zero:
             folder = Path(args.output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -63,10 +64,39 @@ def every(values: list[Made]) -> list[Made]:
     return [value for part in found for value in part]
 
 
+def sharded() -> str | None:
+    """How accelerate was asked to spread one model over the processes: "FSDP", "DeepSpeed", or None for a copy in each."""
+    asked = [name for name in ("FSDP", "DEEPSPEED") if _flag(f"ACCELERATE_USE_{name}")]
+    return {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}[asked[0]] if asked else None
+
+
+def gathered(model: Any) -> dict[str, torch.Tensor]:
+    """The trained weights of a model that is spread over the processes, whole and in memory. Every process calls it."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if sharded() == "DeepSpeed":
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(trained.values())):
+            return {name: weight.detach().cpu().clone() for name, weight in trained.items()}
+    whole = {name: getattr(weight, "full_tensor", lambda weight=weight: weight)() for name, weight in trained.items()}
+    return {name: weight.detach().cpu() for name, weight in whole.items()}
+
+
 def check(config: Any, place: object) -> None:
     """Raise ConfigError for a launch that would not train what the run file says. No process is connected yet."""
+    for name, plain in (("MIXED_PRECISION", "no"), ("DYNAMO_BACKEND", "no")):
+        if (given := os.environ.get(f"ACCELERATE_{name}", plain).lower()) != plain:
+            key = {"MIXED_PRECISION": "mixed_precision", "DYNAMO_BACKEND": "dynamo_backend"}[name]
+            raise ConfigError(
+                place,
+                f"accelerate's configuration sets {key} to {given}, which would change the run unseen; set it to '{plain}' there: "
+                "model.dtype decides",
+            )
     seen, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size()))
-    if config.model.device == "cpu" or not seen:
+    on_cpu = config.model.device == "cpu" or not seen
+    if sharded():
+        _check_sharding(on_cpu, place)
+    if on_cpu:
         return
     if ranks.world_size() == 1 and seen > 1:
         raise ConfigError(
@@ -77,6 +107,40 @@ def check(config: Any, place: object) -> None:
         raise ConfigError(
             place, f"{here} processes were launched on this machine, and torch sees {seen} GPUs; launch at most {seen}"
         )
+
+
+def check_in_effect(accelerator: Any, place: object) -> None:
+    """Raise ConfigError where accelerate does something else than what it was asked for."""
+    kind, asked = accelerator.distributed_type.value, sharded()
+    if asked and kind != asked.upper():
+        raise ConfigError(
+            place, f"{asked} is asked for, and accelerate would train with {kind}: every process a whole copy"
+        )
+
+
+def _check_sharding(on_cpu: bool, place: object) -> None:
+    if sharded() == "DeepSpeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(place, "DeepSpeed is asked for and not installed; pip install 'llmtune[deepspeed]'")
+        return
+    if on_cpu:
+        raise ConfigError(
+            place,
+            "FSDP is asked for, and on a CPU accelerate trains with plain copies (DDP) instead, without a word; "
+            "use configs/accelerate/cpu_two_processes.yaml, or GPUs",
+        )
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(place, "FSDP 1 is asked for; set fsdp_version to 2 in accelerate's configuration")
+    if os.environ.get("FSDP_STATE_DICT_TYPE") != "SHARDED_STATE_DICT":
+        raise ConfigError(
+            place,
+            "checkpoints under FSDP need fsdp_state_dict_type: SHARDED_STATE_DICT in accelerate's configuration; the result is "
+            "whole either way",
+        )
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def _reduced(values: list[float], operation: Any) -> list[float]:

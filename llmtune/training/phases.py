@@ -101,7 +101,8 @@ def _phase(
     facts: dict[str, Any] = {"metrics": metrics | smoke.run(trainer, given.train.rows, given.tokenizer)}
     if view.trainable is not None:
         facts["trained"] = freeze.trained(trainer.model)
-    remote, tuned = view.model.trust_remote_code, trainer.model
+    remote = view.model.trust_remote_code
+    tuned = setup.whole_model(view, trainer.model, base, given.train, given.place)
     if view.adapter is None:
         return Tuned(lambda: freeze.whole(tuned, base, trust_remote_code=remote), facts)
     if number is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig as TrlConfig
 
 from llmtune import ranks
@@ -13,7 +14,7 @@ from llmtune.config import Recorded
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.model import adapters, freeze, infer, load
 from llmtune.progress import say
-from llmtune.training import arguments, optim, packing, rows
+from llmtune.training import arguments, group, optim, packing, rows
 from llmtune.training.callbacks import AllocateRanks
 from llmtune.training.rows import Split
 from llmtune.training.trainer import SupervisedTrainer
@@ -43,6 +44,8 @@ def build_model(view: Recorded, base: load.Source, train: Split, device: str, pl
     adapted, compute = view.adapter is not None, load.choose_dtype(view.model.dtype, device)
     # a trained weight of the base is kept in float32: a bfloat16 one does not feel a small update
     weights, place_of_load = (view.model.dtype, device) if adapted else ("float32", "cpu")
+    if group.sharded():  # accelerate spreads it from there: the whole of it may not fit on one GPU
+        weights, place_of_load, device = compute if adapted else weights, "cpu", "cpu"
     set_seed(view.train.seed)
     model: Any = load.load_model(
         base, weights, place_of_load, attention=view.model.attention, trust_remote_code=view.model.trust_remote_code
@@ -115,6 +118,7 @@ def build_trainer(
         eval_dataset=rows.evened(validation.rows, unit) if validation else None,
         processing_class=tokenizer,
     )
+    group.check_in_effect(trainer.accelerator, place)
     trainer.rates = optim.rates(view.train, model, place)
     trainer.data_collator = packing.Collator(tokenizer.pad_token_id, padding_free=view.data.packing)
     if view.data.packing:
@@ -125,3 +129,17 @@ def build_trainer(
     if hasattr(getattr(model, "base_model", None), "rankallocator"):
         trainer.add_callback(AllocateRanks(model))
     return trainer
+
+
+def whole_model(view: Recorded, spread: Any, base: load.Source, train: Split, place: object) -> Any:
+    """The trained model in one piece: in the first process, or in each that has a copy. Every process calls it."""
+    if not group.sharded():
+        return spread
+    weights = group.gathered(spread)
+    if ranks.rank() > 0:
+        return spread
+    unset_hf_deepspeed_config()  # or transformers would spread this one, too, and wait for the other processes
+    model = build_model(view, base, train, "cpu", place)
+    for name, weight in weights.items():
+        model.get_parameter(name).data.copy_(weight)
+    return model

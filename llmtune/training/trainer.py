@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from llmtune import ranks
 from llmtune.data.tokens import IGNORED
 from llmtune.model import adapters
 from llmtune.model.infer import supervised_logits
@@ -168,6 +169,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
         if not self.control.should_training_stop:  # transformers would train one more step when resumed at its last
+            # of several processes, accelerate's loader that skips what a checkpoint has seen does not pass the epoch on
+            settings["train_dataloader"].set_epoch(settings["epoch"])
             super()._run_epoch(*arguments, **settings)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -212,11 +215,14 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
             save_file(before, Path(output_dir or self.args.output_dir) / ADAPTER_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not _restore_adapter(model or self.model, Path(resume_from_checkpoint)):
+        if group.sharded() or not _restore_adapter(model or self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not _restore_adapter(self.model, Path(self.state.best_model_checkpoint)):
+        best = Path(self.state.best_model_checkpoint)
+        if ranks.rank() > 0 and not group.sharded() and not best.is_dir():
+            return  # on another machine; the first process writes the result
+        if group.sharded() or not _restore_adapter(self.model, best):
             super()._load_best_model()
 
 

@@ -42,13 +42,12 @@ def prepared(output: Path) -> Iterator[bool]:
         return
     with FileLock(output / TURN):
         state = _state(output)
-        if state == FAILED:
-            raise LlmtuneError("another process of this run failed; its message tells why")
+        _require_not_failed(state)
         try:
             yield state != PREPARED
         except BaseException as error:  # the others must not try what failed here; it is told before they learn of it
-            _note(output, FAILED)
             ranks.tell(output, error)
+            _note(output, FAILED)
             raise
         _note(output, PREPARED)
 
@@ -63,6 +62,7 @@ def _alone(output: Path, place: object) -> Iterator[None]:
         try:
             lock.acquire()
             if several:
+                _require_not_failed(_state(output))
                 _note(output, BEGUN)
         except Timeout:
             if not several or _state(output) is None:
@@ -72,19 +72,28 @@ def _alone(output: Path, place: object) -> Iterator[None]:
     if lock.is_locked:
         for draft in output.glob("*.partial-*"):  # a process killed while it wrote the result cannot tidy up
             shutil.rmtree(draft)
-    failed = True
+    left: tuple[str, ...] = (LOCK, TURN, LAUNCH)
     try:
         yield
-        failed = False
+    except BaseException as error:  # told before the others learn of it, or they would tell that they learnt of it
+        if several:
+            left = (LOCK,)
+            ranks.tell(output, error)
+            if lock.is_locked:
+                _note(output, FAILED)
+        raise
     finally:
         if lock.is_locked:
-            if several and failed:
-                _note(output, FAILED)
             lock.release()
-            for name in (LOCK,) if several and failed else (LOCK, TURN, LAUNCH):
+            for name in left:
                 (output / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             output.rmdir()  # when nothing came of it
+
+
+def _require_not_failed(state: str | None) -> None:
+    if state == FAILED:
+        raise LlmtuneError("another process of this run failed; its message tells why")
 
 
 def _note(output: Path, state: str) -> None:
@@ -93,11 +102,12 @@ def _note(output: Path, state: str) -> None:
 
 def _state(output: Path) -> str | None:
     """How far the processes of this launch are here; None when those in this folder are of another run."""
+    file = output / LAUNCH
     try:
-        found = json.loads((output / LAUNCH).read_text(encoding="utf-8"))
+        found, written = json.loads(file.read_text(encoding="utf-8")), file.stat().st_mtime
     except (OSError, ValueError):
         return None
-    return str(found["state"]) if found.get("launch") == ranks.launch() else None
+    return str(found["state"]) if found.get("launch") == ranks.launch() and written >= ranks.launch_time() else None
 
 
 @contextlib.contextmanager

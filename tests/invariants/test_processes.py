@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,9 +71,11 @@ class Done:
         return self.err[self.err.index("llmtune: ") + len("llmtune: ") :].strip()
 
 
-def start(*words: object, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+def start(
+    *words: object, launcher: tuple[str, ...] = (), module: str = "llmtune", **environment: str
+) -> subprocess.Popen[str]:
     """`python LAUNCHER -m llmtune WORDS`, in a process group of its own."""
-    python = [sys.executable, *launcher, "-m", "llmtune", *map(str, words)]
+    python = [sys.executable, *launcher, "-m", module, *map(str, words)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     return subprocess.Popen(
         python,
@@ -101,21 +105,128 @@ def of(run: Path, key: str) -> list[float]:
     return [line[key] for line in lines(run) if key in line]
 
 
-def test_two_processes_train_what_one_trains(run_file, tmp_path: Path) -> None:
+def process_of(rank: int, parent: subprocess.Popen[str]) -> int:
+    """The id of the process with this rank under `parent`."""
+    for child in psutil.Process(parent.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child.pid
+    raise LookupError(rank)
+
+
+def wait_for_step(step: int, run: Path, parent: subprocess.Popen[str]) -> None:
+    file = run / "checkpoints" / "metrics.jsonl"
+    while not file.exists() or f'"step": {step},' not in file.read_text():
+        if parent.poll() is not None:
+            pytest.fail(finish(parent).err)
+        time.sleep(0.01)
+
+
+def told(run: Path) -> dict[str, object]:
+    return json.loads((run / "exit.json").read_text())
+
+
+def same(one: Path, two: Path) -> bool:
+    before, after = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, two))
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_two_processes_train_what_one_trains(run_file, tmp_path: Path, packing: bool) -> None:
     """Losses, validation, tokens and the best step; under accelerate's launcher, from the shipped configuration."""
     file = run_file()
-    one = sft.run(config.load(file, ["output_dir=" + str(tmp_path / "one")]), file)
+    words = ["data.packing=true", "data.max_length=96", "train.micro_batch_size=1"] if packing else []
+    words += ["train.batch_size=4"] if packing else []
+    one = sft.run(config.load(file, [*words, "output_dir=" + str(tmp_path / "one")]), file)
     shipped = ("--config_file", str(ROOT / "configs" / "accelerate" / "cpu_two_processes.yaml"))
-    done = finish(start("sft", file, launcher=("-m", "accelerate.commands.launch", *shipped)))
+    done = finish(start("sft", file, *words, launcher=("-m", "accelerate.commands.launch", *shipped)))
     assert done.code == 0, done.err
-    assert done.err.count("training rows") <= 1 and done.err.count("step 10: validation loss") == 1
+    assert done.err.count("step 10: validation loss") == 1
+    assert done.err.count(f"train: {ROWS} rows") == 1
     two = artifact.read(tmp_path / "run" / "adapter")
     for key in ("loss", "validation_loss", "grad_norm"):
         assert of(two.path, key) == pytest.approx(of(one.path, key), abs=TOLERANCE * (10 if key == "grad_norm" else 1))
     assert of(two.path, "tokens") == of(one.path, "tokens")
     assert two.manifest["processes"] == 2
-    same = ("steps", "best_step", "tokens", "trainable_parameters")
-    assert [two.manifest["metrics"][key] for key in same] == [one.manifest["metrics"][key] for key in same]
+    keys = ("steps", "best_step", "tokens", "trainable_parameters")
+    assert [two.manifest["metrics"][key] for key in keys] == [one.manifest["metrics"][key] for key in keys]
     before, after = (load_file(made.path / "adapter_model.safetensors") for made in (one, two))
     assert all(torch.allclose(after[name], before[name], atol=1e-5) for name in before)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]  # no lock, no note, no checkpoint
+
+
+def test_a_signal_to_one_stops_both_and_the_resumed_run_is_the_whole_one_to_the_bit(run_file, tmp_path: Path) -> None:
+    file = run_file(dropout=0.2, max_steps=60, eval_steps=20)
+    whole = finish(start("sft", file, f"output_dir={tmp_path / 'whole'}", "--processes", 2))
+    assert whole.code == 0, whole.err
+    running = start("sft", file, "--processes", 2)
+    wait_for_step(25, tmp_path / "run", running)
+    os.kill(process_of(1, running), signal.SIGTERM)
+    stopped = finish(running)
+    assert stopped.code == 75, stopped.err
+    assert stopped.message.startswith("stopped at step ") and told(tmp_path / "run")["code"] == 75
+    assert not (tmp_path / "run" / "adapter").exists()
+    resumed = finish(start("sft", file, "--processes", 2))
+    assert resumed.code == 0 and "resuming from checkpoint-" in resumed.err
+    assert same(tmp_path / "whole", tmp_path / "run")
+    assert of(tmp_path / "run" / "adapter", "loss") == of(tmp_path / "whole" / "adapter", "loss")
+    assert not (tmp_path / "run" / "exit.json").exists()
+
+
+def test_a_process_that_is_killed_ends_the_other_within_a_minute(run_file, tmp_path: Path) -> None:
+    running = start("sft", run_file(max_steps=100_000, eval_steps=10_000), "--processes", 2)
+    wait_for_step(3, tmp_path / "run", running)
+    os.kill(process_of(1, running), signal.SIGKILL)
+    began = time.monotonic()
+    done = finish(running, 60)
+    assert time.monotonic() - began < 60
+    assert done.code == 1
+    assert done.message.startswith("process 1 of 2 was ended by SIGKILL; the kernel does that when memory runs out")
+    assert told(tmp_path / "run") == {"code": 1, "message": done.message, "rank": 1}
+
+
+def test_a_process_that_hangs_is_given_up(run_file, tmp_path: Path) -> None:
+    running = start("sft", run_file(max_steps=100_000, eval_steps=10_000), "--processes", 2, LLMTUNE_TIMEOUT_S="8")
+    wait_for_step(3, tmp_path / "run", running)
+    os.kill(process_of(1, running), signal.SIGSTOP)
+    done = finish(running, 60)
+    assert done.code == 1
+    assert done.message.startswith("another process of this run did not answer for 8 s")
+    assert told(tmp_path / "run")["rank"] == 0
+
+
+def test_bad_rows_are_told_once_whoever_launched(run_file, tmp_path: Path) -> None:
+    file = run_file()
+    with (tmp_path / "train.jsonl").open("a") as rows:
+        rows.write('{"messages": [{"role": "user", "content": "and then?"}]}\n')
+    done = finish(start("sft", file, "--processes", 2))
+    assert done.code == 2
+    assert done.message.endswith("train.jsonl:22: has no answer")
+    assert told(tmp_path / "run")["code"] == 2
+    before = (tmp_path / "run" / "exit.json").stat().st_mtime_ns
+    done = finish(start("sft", file, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2")))
+    assert done.code == 1  # torchrun's own
+    assert done.err.count("train.jsonl:22: has no answer") == 1
+    assert told(tmp_path / "run")["code"] == 2 and (tmp_path / "run" / "exit.json").stat().st_mtime_ns > before
+    assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")] == ["exit.json"]
+
+
+def test_fsdp_shards_and_its_adapter_is_whole(run_file, tmp_path: Path, tiny_folder: Path) -> None:
+    """From the shipped configuration, the adapter that one process trains; plain PEFT loads it in one process."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    file = run_file()
+    one = sft.run(config.load(file, ["output_dir=" + str(tmp_path / "one")]), file)
+    shipped = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2")
+    launcher = ("-m", "accelerate.commands.launch", *shipped)
+    words = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    done = finish(start("sft", file, launcher=launcher, module="fsdp_on_cpu", **words))
+    assert done.code == 0, done.err
+    made = artifact.read(tmp_path / "run" / "adapter")
+    for key in ("loss", "validation_loss"):
+        assert of(made.path, key) == pytest.approx(of(one.path, key), abs=TOLERANCE)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (one.path, made.path))
+    assert {name: weight.shape for name, weight in before.items()} == {name: w.shape for name, w in after.items()}
+    assert all(torch.allclose(after[name], before[name], atol=1e-5) for name in before)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), made.path)
+    assert sum("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters()) == 14

@@ -1,0 +1,57 @@
+"""A result that is not whole is not published."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from llmtune.errors import LlmtuneError
+from llmtune.model import saved
+
+
+def adapter(seed: int = 0):
+    torch.manual_seed(seed)
+    return get_peft_model(tiny.model(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("make", [adapter, tiny.model, lambda: tiny.model(tied=False)])
+def test_what_the_libraries_write_is_whole(tmp_path: Path, make) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    saved.require_whole(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights, name: weights.pop(name), "is missing"),
+        (
+            lambda weights, name: weights.update({name: torch.empty(0)}),
+            r"is empty.*has shape \(0,\) instead of \(2, 64\)",
+        ),
+        (lambda weights, name: weights.update({name: torch.full((2, 64), float("nan"))}), "not finite"),
+        (lambda weights, name: weights.update(other=torch.ones(1)), "other is none of the adapter's"),
+    ],
+)
+def test_what_is_not_is_refused(tmp_path: Path, change, said) -> None:
+    model = adapter()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    change(weights, next(name for name in weights if name.endswith("q_proj.lora_A.weight")))
+    save_file(weights, file)
+    with pytest.raises(LlmtuneError, match=f"not those that were trained: .*{said}"):
+        saved.require_whole(tmp_path, model)
+
+
+def test_a_whole_model_that_lost_a_tensor_is_refused(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(LlmtuneError, match="numbers instead of"):
+        saved.require_whole(tmp_path, model)
