@@ -37,14 +37,14 @@ def run(folder: Path, dtype: str = "auto") -> Artifact:
     evaluated_in = adapter.manifest["base"]["dtype"]
     dtype = evaluated_in if dtype == "auto" else dtype
     chats = _probe_chats(adapter)
-    held_out = [encode_answer(tokenizer, chat.turns, chat.tools) for chat in chats[:HELD_OUT]]
+    held_out = [_encoded(encode_answer, tokenizer, chat, chat.turns) for chat in chats[:HELD_OUT]]
     probes = [row.input_ids for row in held_out[:PROBES]]
 
     def readings(model: Any) -> proof.Readings:
         return proof.read_model(model, probes, held_out, tokenizer.pad_token_id)
 
     say("  proof: the live adapter")
-    prompts = [encode_prompt(tokenizer, chat.prompt, chat.tools) for chat in chats[:TEXTS]]
+    prompts = [_encoded(encode_prompt, tokenizer, chat, chat.prompt) for chat in chats[:TEXTS]]
     live_model = adapters.attach(load.load_model(base, evaluated_in if base.quantised else dtype), base, adapter)
     assert_mergeable(live_model, adapter)
     evaluated = live = readings(live_model)
@@ -125,15 +125,19 @@ def _shared_once(model: Any) -> dict[str, torch.Tensor]:
     return kept
 
 
+def _encoded(encode: Any, tokenizer: Any, chat: Chat, turns: list[dict[str, Any]]) -> Any:
+    try:
+        return encode(tokenizer, turns, chat.tools)
+    except ValueError as error:
+        raise DataError(chat.row.place, str(error)) from None
+
+
 def _assert_same_words(folder: Path, tokenizer: Any, chats: list[Chat]) -> None:
     """The stored tokenizer and chat template write every probe as the adapter's did."""
     stored = load.load_tokenizer(load.find(str(folder)))
     for chat in chats[:PROBES]:
-        try:
-            same = encode_answer(stored, chat.turns, chat.tools) == encode_answer(tokenizer, chat.turns, chat.tools)
-        except ValueError as error:
-            raise DataError(chat.row.place, str(error)) from None
-        if not same:
+        first, second = (_encoded(encode_answer, words, chat, chat.turns) for words in (stored, tokenizer))
+        if first != second:
             raise ProofError(f"{folder}: the stored tokenizer or chat template encodes {chat.row.place} in another way")
 
 
