@@ -21,7 +21,7 @@ from test_partial import (
     weights,
 )
 
-from llmtune import config, scores
+from llmtune import config, runs, scores
 from llmtune.errors import ArtifactError, ConfigError
 from llmtune.evaluate import arms
 from llmtune.export import merge
@@ -77,6 +77,8 @@ def test_both_phases_are_told(place: Path, tiny_folder: Path, capsys) -> None:
     assert "phase 2 lowers the validation loss" in capsys.readouterr().err
     assert "phase 2" in (made.path / "curves.svg").read_text()
     assert not (place / "run" / "checkpoints").exists()
+    (listed,) = runs.find(place / "run")
+    assert (listed.method, listed.steps) == ("lora, then partial", 8)
 
 
 def test_resumed_in_either_phase_equals_uninterrupted_to_the_bit(place, dropout_folder, monkeypatch) -> None:
