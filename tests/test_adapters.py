@@ -52,7 +52,7 @@ def test_an_adapter_with_pickled_weights_is_refused(tiny_folder, tmp_path):
     [
         (
             {"target_modules": ["nope"]},
-            r"Target modules \{'nope'\} not found .* Linear layers of this model: down_proj, gate_proj",
+            r"'nope' matches no module\. Linear layers of this model: down_proj, gate_proj",
         ),
         ({"lora_dropout": 2.0}, "dropout probability has to be between 0 and 1"),
         ({"r": "two"}, "adapter: "),

@@ -7,10 +7,13 @@ the tiny model it fails here: give it options in SMALLEST, or say in `peft_metho
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from pydantic import ValidationError
 from transformers import TrainerCallback
@@ -20,8 +23,9 @@ from llmtune.config import Recorded, peft_methods
 from llmtune.config.train import AdapterConfig
 from llmtune.data.tokens import TokenRow
 from llmtune.errors import ConfigError
-from llmtune.export import merge
-from llmtune.model import adapters, infer, load
+from llmtune.export import merge, proof
+from llmtune.interruption import Interruption
+from llmtune.model import adapters, infer, initialisations, load
 from llmtune.training import loop, rows, setup
 
 STEPS, RATE = 6, 1e-2
@@ -87,7 +91,7 @@ class Bench:
         model = setup.build_model(view, self.base, self.split, "cpu", "test")
         folder.mkdir()
         trainer = setup.build_trainer(view, model, self.tokenizer, self.split, None, folder, "cpu", "test")
-        loop.train(trainer, folder)
+        loop.train(trainer, folder, Interruption(), folder / "metrics.jsonl")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         # without the autocast that a trainer wraps a model's forward in: what is read back has none
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -95,8 +99,7 @@ class Bench:
 
     def save(self, model: Any, folder: Path, method: str) -> artifact.Artifact:
         with artifact.writing(folder / "adapter", "adapter") as draft:
-            with adapters.peft_warnings():
-                model.save_pretrained(draft.path)
+            adapters.save(model, draft.path)
             draft.facts.update(base=self.base.facts(), config={"adapter": {"method": method}})
         return artifact.read(folder / "adapter")
 
@@ -115,6 +118,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Bench:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_is_read_back_switches_off_and_merges(bench: Bench, method: str, tmp_path: Path) -> None:
+    prove(bench, method, tmp_path)
+
+
+def prove(bench: Bench, method: str, tmp_path: Path) -> bool:
+    """The whole proof for one method. Returns whether it merges."""
     from peft import PeftModel
 
     base = bench.logits(bench.load())
@@ -145,6 +153,7 @@ def test_a_method_trains_is_read_back_switches_off_and_merges(bench: Bench, meth
         exact = bench.logits(in_float64(again))  # so that what is measured is the algebra
         difference = float((bench.logits(merge.merge_into_base(again, saved)) - exact).abs().max())
         assert difference <= 3e-7 * float(exact.abs().max())
+    return method not in CANNOT_MERGE
 
 
 def in_float64(model: Any) -> Any:
@@ -156,10 +165,70 @@ def in_float64(model: Any) -> Any:
     return model
 
 
-def reads_like_a_plain_forward_pass(bench: Bench, model: Any) -> None:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, fast": {"init_lora_weights": "pissa_niter_4"},
+    "pissa, rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa, dora": {"init_lora_weights": "pissa", "use_dora": True},
+    "pissa, patterns": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "olora": {"init_lora_weights": "olora"},
+    "corda": {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}},
+    "alora": {"alora_invocation_tokens": "<|im_start|>assistant"},
+    "velora": {"velora_config": {"num_groups": 2}},
+    "bdlora": {
+        "use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["o_proj"], "nblocks": 2},
+        "target_modules": ["q_proj", "o_proj"],
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_lora_is_an_adapter_of_the_base_as_it_was(bench: Bench, variant: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    lora = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", **VARIANTS[variant]}
+    if variant == "alora":
+        words = lora["alora_invocation_tokens"]
+        lora["alora_invocation_tokens"] = bench.tokenizer(words, add_special_tokens=False)["input_ids"]
+    model, losses = bench.train(bench.view(lora), tmp_path / "checkpoints")
+    trained = bench.logits(model)
+    assert losses[-1] < losses[0]
+    assert torch.equal(trained, bench.logits(bench.load())) == (variant == "alora")  # no invocation, no adapter
+    saved = bench.save(model, tmp_path, "lora")
+    with adapters.peft_warnings():
+        plain = PeftModel.from_pretrained(bench.load(), saved.path)
+    again = adapters.attach(bench.load(), bench.base, saved)  # compares it, switched off, with the base to the bit
+    assert torch.equal(bench.logits(again), bench.logits(plain))
+    difference = float((bench.logits(again) - trained).abs().max() / trained.abs().max())
+    assert difference <= (2e-5 if variant.startswith(initialisations.TAKES_FROM_THE_BASE) else 0.0)
+    reads_like_a_plain_forward_pass(bench, again, lora.get("alora_invocation_tokens", []))
+    if variant == "alora":
+        with pytest.raises(ConfigError, match="cannot be merged"):
+            merge.merge_into_base(again, saved)
+        return
+    exact = bench.logits(in_float64(again))
+    merged = bench.logits(merge.merge_into_base(again, saved))
+    assert float((merged - exact).abs().max()) <= 3e-7 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("variant", ["pissa", "pissa, fast", "eva", "corda"])
+def test_a_resumed_run_rebuilds_what_it_began_from(bench: Bench, variant: str, tmp_path: Path) -> None:
+    lora = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", **VARIANTS[variant]}
+    resumed_equals_uninterrupted(bench, lora, tmp_path)
+
+
+def reads_like_a_plain_forward_pass(bench: Bench, model: Any, invocation: list[int] | None = None) -> None:
     """Losses behind a shared beginning, and greedy answers with a cache, are those of whole rows one by one."""
-    shared = list(range(40, 60))
-    made = [TokenRow([*shared, 70 + i, 80, 81 + i, 82], [-100] * 21 + [80, 81 + i, 82]) for i in range(3)]
+    shared = [*range(40, 60), *(invocation or [])]
+    made = [
+        TokenRow([*shared, 70 + i, 80, 81 + i, 82], [-100] * (len(shared) + 1) + [80, 81 + i, 82]) for i in range(3)
+    ]
     expected = []
     for row in made:
         with torch.inference_mode():
@@ -205,7 +274,11 @@ def _orthogonality(bench: Bench, adalora: dict[str, Any]) -> float:
 @pytest.mark.parametrize("method", ["adalora", "p_tuning", "multitask_prompt_tuning", "cpt", "vblora", "shadow"])
 def test_a_resumed_run_of_a_method_equals_an_uninterrupted_one(bench: Bench, method: str, tmp_path: Path) -> None:
     """Whose checkpoint holds more than PEFT saves: pruned ranks and their scores, the network that makes a prompt."""
-    view = bench.view({"method": method, **SMALLEST.get(method, {})})
+    resumed_equals_uninterrupted(bench, {"method": method, **SMALLEST.get(method, {})}, tmp_path)
+
+
+def resumed_equals_uninterrupted(bench: Bench, adapter: dict[str, Any], tmp_path: Path) -> None:
+    view = bench.view(adapter)
     whole, losses = bench.train(view, tmp_path / "whole")
     folder = tmp_path / "cut"
     folder.mkdir()
@@ -214,13 +287,15 @@ def test_a_resumed_run_of_a_method_equals_an_uninterrupted_one(bench: Bench, met
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_save = control.should_training_stop = state.global_step == 3
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
 
     trainer.add_callback(Stop())
-    loop.train(trainer, folder)
+    with pytest.raises(KeyboardInterrupt), Interruption() as stop:
+        loop.train(trainer, folder, stop, folder / "metrics.jsonl")
     resumed = setup.build_model(view, bench.base, bench.split, "cpu", "test")
     trainer = setup.build_trainer(view, resumed, bench.tokenizer, bench.split, None, folder, "cpu", "test")
-    loop.train(trainer, folder)
+    loop.train(trainer, folder, Interruption(), folder / "metrics.jsonl")
     assert trainer.state.global_step == STEPS
     assert torch.equal(bench.logits(resumed.eval()), bench.logits(whole))
     lines = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -303,3 +378,98 @@ def test_a_bfloat16_base_trains_and_is_read_back_equal(bench: Bench, method: str
 def test_what_does_not_fit_a_method_is_refused_without_torch(adapter, problem):
     with pytest.raises(ValidationError, match=problem):
         AdapterConfig(**adapter)
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ({"target_modules": ["q_proj"]}, {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        ({"target_modules": r".*\.1\..*(q|v)_proj"}, {"1.self_attn.q_proj", "1.self_attn.v_proj"}),
+        ({"target_modules": "all-linear", "layers_to_transform": None}, None),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"1.self_attn.q_proj"}),
+        ({"target_modules": ["up_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, {"0.mlp.up_proj"}),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*0.*"},
+            {"1.self_attn.q_proj", "1.self_attn.k_proj"},
+        ),
+    ],
+)
+def test_target_modules_are_found_by_name_regex_and_layer(bench, fields, trained):
+    fields = {key: value for key, value in fields.items() if value is not None}
+    made = adapters.build_adapter(bench.load(), AdapterConfig(method="lora", **fields), "auto", RATE, 0)
+    names = {name for name, weight in made.named_parameters() if weight.requires_grad}
+    assert {name.split("layers.")[1].split(".lora_")[0] for name in names} == (trained or {
+        f"{layer}.{part}" for layer in (0, 1) for part in (
+            *(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
+        )
+    })  # fmt: skip
+
+
+def test_patterns_of_rank_and_alpha_are_those_of_their_modules(bench):
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 16}}
+    made = adapters.build_adapter(bench.load(), AdapterConfig(method="lora", **lora, **patterns), "auto", RATE, 0)
+    layers = made.get_base_model().model.layers
+    assert [layer.self_attn.q_proj.r["default"] for layer in layers] == [4, 2]
+    assert [layer.self_attn.v_proj.scaling["default"] for layer in layers] == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"target_modules": ["q_proj", "nope"]}, "target_modules: 'nope' matches no module. Linear layers of this model: down"),
+        ({"target_modules": "nope.*"}, "Linear layers of this model: down_proj"),
+        ({"exclude_modules": ["nope"]}, "exclude_modules: 'nope' matches no module"),
+        ({"modules_to_save": ["head"]}, "modules_to_save: 'head' matches no module.*embed_tokens, lm_head"),
+        ({"rank_pattern": {"gate_proj": 2}}, "rank_pattern: 'gate_proj' matches no module that the adapter is on: q_proj, v_proj"),
+        ({"alpha_pattern": {"nope": 2}}, "alpha_pattern: 'nope' matches no module that the adapter is on"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [2]}, "layers_to_transform: 2 is no layer; the model has 0 to 1"),
+        ({"trainable_token_indices": [258]}, "trainable_token_indices: 258 is no token; the model has 0 to 257"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the base ties its head to its embeddings.*lm_head alone"),
+        ({"init_lora_weights": "loftq"}, "loftq makes up for what NF4 loses of the base; set model.quantize to nf4"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga needs gradients of the whole base"),
+        ({"alora_invocation_tokens": [1, 2, 3]}, "8 of 8 training rows do not hold these tokens"),
+    ],
+)  # fmt: skip
+def test_what_matches_nothing_is_named_with_what_could_have(bench, fields, problem):
+    with pytest.raises(ConfigError, match=problem):
+        adapters.build_adapter(
+            bench.load(), AdapterConfig(method="lora", **fields), "auto", RATE, 0, rows=bench.split.rows
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("lora", {"modules_to_save": ["embed_tokens"]}),
+        ("lora", {"modules_to_save": ["lm_head"]}),
+        ("lora", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("lora", {"trainable_token_indices": [97, 98]}),
+        ("ia3", {"modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_embeddings_and_head_are_trained_and_merged_as_they_are_tied(bench, tied, method, fields, tmp_path):
+    """What is stored from the merge, read back, is the adapter; one weight stays one, and its loss is taken through it."""
+    folder = tiny.save(tmp_path / "base", tied=tied)
+    other = Bench(tmp_path, folder)
+    model, losses = other.train(other.view({"method": method, **fields}), tmp_path / "checkpoints")
+    trained = other.logits(model)
+    assert losses[-1] < losses[0]
+    saved = other.save(model, tmp_path, method)
+    again = adapters.attach(other.load(), other.base, saved)
+    assert torch.equal(other.logits(again), trained)
+    with adapters.peft_warnings():
+        merged = merge.merge_into_base(again, saved)
+        expected = merge._shared_once(merged)
+        merged.save_pretrained(tmp_path / "merged")
+    assert proof.differing_tensors(tmp_path / "merged", expected) == []
+    stored = load.load_model(load.find(str(tmp_path / "merged")), "float32", "cpu")
+    assert (other.logits(stored) - trained).abs().max() <= 1e-5 * trained.abs().max()
+    one = stored.get_output_embeddings().weight is stored.get_input_embeddings().weight
+    assert one == (tied and method == "lora")
+
+
+def test_a_method_in_the_cache_is_refused_under_activation_checkpointing(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="the tokens of prefix_tuning lie in the cache, which it does without"):
+        bench.view({"method": "prefix_tuning", "num_virtual_tokens": 4}, activation_checkpointing=True)

@@ -248,7 +248,7 @@ def test_packed_rows_are_one_row(planned):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"adapter": {"method": "lora", "target_modules": ["nope"]}}, "Target modules .* or 'all-linear'"),
+        ({"adapter": {"method": "lora", "target_modules": ["nope"]}}, "'nope' matches no module.* or 'all-linear'"),
         ({"data": {"train": "./train.jsonl", "max_length": 4096}}, "data.max_length: 4096 is more than the 2048"),
         ({"data": {"train": "./train.jsonl", "validation": "./train.jsonl"}}, "10 of its rows are training rows too"),
         ({"train__optimizer": "adamw_tosch"}, "train.optimizer"),

@@ -378,3 +378,9 @@ def test_only_what_bitsandbytes_says_about_itself_is_kept_from_the_user(monkeypa
     logger.warning("your weights are on fire")
     logging.getLogger("bitsandbytes.autograd._functions").warning("MatMul8bitLt: inputs will be cast from %s", "x")
     assert caplog.messages == ["your weights are on fire"]
+
+
+def test_loftq_without_a_gpu_is_an_error(tiny_folder) -> None:
+    loftq = AdapterConfig(method="lora", target_modules=["q_proj"], init_lora_weights="loftq")
+    with pytest.raises(ConfigError, match="PEFT computes loftq on an NVIDIA GPU only"):
+        adapters.build_adapter(base(tiny_folder, "nf4"), loftq, "float32", 1e-3, seed=0)

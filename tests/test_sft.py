@@ -271,11 +271,17 @@ def test_early_stopping_keeps_its_patience_over_an_interruption(run_file, monkey
     assert resumed["train_loss"] == whole.manifest["metrics"]["train_loss"]
 
 
-def test_an_initialisation_that_changes_the_base_is_refused(run_file) -> None:
-    with pytest.raises(ConfigError, match="changes the base's own weights"):
-        sft.run(
-            run_file(adapter={"method": "lora", "r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"})
-        )
+def test_fields_that_change_the_base_are_refused(run_file) -> None:
+    kasa = {"method": "lora", "r": 4, "kasa_config": {}, "target_modules": "all-linear"}
+    with pytest.raises(ConfigError, match="change the base's own weights"):
+        sft.run(run_file(adapter=kasa))
+
+
+def test_pissa_is_stored_as_an_adapter_of_the_base_as_it_was(run_file) -> None:
+    pissa = {"method": "lora", "r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}
+    made = sft.run(run_file(adapter=pissa))
+    stored = json.loads((made.path / "adapter_config.json").read_text())
+    assert stored["r"] == 8 and stored["init_lora_weights"] is True
 
 
 def test_rows_longer_than_the_model_has_positions_for_are_refused(run_file) -> None:

@@ -103,9 +103,10 @@ def save(
     seed: int = 0,
     licence: str | None = "apache-2.0",
     chat_template: str | None = CHATML,
+    tied: bool = True,
 ) -> Path:
     """`folder` as a plain transformers folder: safetensors, tokenizer, chat template, generation config, model card."""
-    words, weights = tokenizer(chat_template), model(seed).to(dtype)
+    words, weights = tokenizer(chat_template), model(seed, tied=tied).to(dtype)
     weights.generation_config = GenerationConfig(
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
     )

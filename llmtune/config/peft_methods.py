@@ -37,6 +37,9 @@ ON_8_BITS = ON_4_BITS | {"loha", "lokr"}
 """The same for an int8 base. Several of the others take the stored integers for weights there and say nothing."""
 
 
+IN_THE_CACHE = {"cartridge", "prefix_tuning"}
+"""Methods whose tokens lie in the cache of keys and values, which activation checkpointing does without."""
+
 REFUSED = {
     "xlora": "it trains a router over finished LoRA adapters, and a run here has none; train one lora adapter",
 }
@@ -64,8 +67,11 @@ WITHOUT_EFFECT = {
     "lora": {
         "arrow_config": "it routes between finished adapters, and a run here trains one; remove it",
         "layer_replication": "it gives the base more layers, so that switching the adapter off no longer gives the base; remove it",
+        "loftq_config": "LoftQ is of the run's own NF4 base; remove it",
+        "lora_ga_config": "a run does not take gradients of the whole base; remove it",
         "megatron_config": "the base is not a Megatron model; remove it",
         "megatron_core": "the base is not a Megatron model; remove it",
+        "monteclora_config": "its divergence is not part of a run's loss; remove it",
         "runtime_config": "nothing of it is stored with the adapter; remove it",
         "use_qalora": "PEFT has it for GPTQ layers only; remove it",
         "qalora_group_size": "PEFT has it for GPTQ layers only; remove it",

@@ -55,6 +55,11 @@ class SftConfig(Section):
                     "'adapter' section, or remove model.quantize"
                 )
             peft_methods.check_quantised(self.adapter.method, self.model.quantize)
+        method = self.adapter.method if self.adapter is not None else ""
+        if method in peft_methods.IN_THE_CACHE and self.train.activation_checkpointing:
+            raise ValueError(
+                f"train.activation_checkpointing: the tokens of {method} lie in the cache, which it does without; set it to false"
+            )
         if self.train.adapter_dtype == "bfloat16" and self.model.dtype == "float32":
             raise ValueError("train.adapter_dtype: bfloat16 has no effect on a float32 base; remove it")
         if self.second_phase is not None:

@@ -119,10 +119,12 @@ def merge_into_base(model: Any, adapter: Artifact) -> Any:
 
 
 def _shared_once(model: Any) -> dict[str, torch.Tensor]:
-    """The model's tensors as they are stored: one that is tied to another is stored once."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in tied}
-    return kept
+    """The model's tensors as they are stored: one that is another is stored once."""
+    tensors = model.state_dict()
+    named = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    # tied by the model's class, but an adapter may have given each its own
+    tied = {name for name, source in named.items() if tensors[name].data_ptr() == tensors[source].data_ptr()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in tied}
 
 
 def _encoded(encode: Any, tokenizer: Any, chat: Chat, turns: list[dict[str, Any]]) -> Any:

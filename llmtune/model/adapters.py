@@ -6,7 +6,7 @@ import contextlib
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from llmtune.artifact import Artifact
 from llmtune.config.train import AdapterConfig
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError
-from llmtune.model import infer, load
+from llmtune.model import infer, initialisations, load, targets
 from llmtune.model.load import Source
 from llmtune.progress import say
 
@@ -39,17 +39,18 @@ def build_adapter(
     seed: int,
     *,
     steps: int | None = None,
+    rows: Iterable[dict[str, Any]] = (),
 ) -> PeftModel:
     """`model` with a new adapter, its weights drawn from `seed`.
 
     dtype: "auto" keeps the base's dtype, except float32 where bfloat16 would round the updates of this learning rate away.
     PEFT's own default, float32 adapters on a bfloat16 base, costs a third of the speed on a CPU.
-    steps: optimizer steps of the run, which AdaLoRA's schedule ends at.
+    steps: optimizer steps of the run, which AdaLoRA's schedule ends at. rows: token rows that EVA and CorDA look at.
     Raises ConfigError with PEFT's reason when the fields do not fit each other or the model.
     """
     torch.manual_seed(seed)
     before, given = _probe(model), set(model.parameters())
-    made = wrap(model, adapter, steps)
+    made = wrap(model, adapter, steps, rows)
     _follow_base(made, given)
     if adapter.method == "lily":
         say(
@@ -59,22 +60,53 @@ def build_adapter(
     if not any(parameter.requires_grad for parameter in made.parameters()):
         raise ConfigError("adapter", f"{adapter.method} with these fields has no weight to train")
     _choose_dtype(made, adapter.method, dtype, learning_rate)
+    _require_base(made, before)
+    return made
+
+
+def _require_base(made: Any, before: torch.Tensor) -> None:
+    """Raises ConfigError unless the adapter off gives the base; where it began as a part of the base, the adapter on."""
+    if initialisations.takes_from_the_base(made):
+        close = (
+            1e-4 if made.dtype == torch.float32 else 0.1
+        )  # what is left of each weight is rounded to the base's dtype
+        if float((_probe(made) - before).abs().max()) > close * float(before.abs().max()):
+            raise ConfigError(
+                "adapter", "what this initialisation takes out of the base and the rest do not add up to it"
+            )
+        return
     with made.disable_adapter():
         if not torch.equal(before, _probe(made)):
             raise ConfigError(
                 "adapter",
-                "this initialisation changes the base's own weights, so that switching the adapter off no longer gives the base; set init_lora_weights to true",
+                "these fields change the base's own weights, so that switching the adapter off no longer gives the base; "
+                "leave out kasa_config, or what else is not of LoRA itself",
             )
-    return made
 
 
-def wrap(model: PreTrainedModel, adapter: AdapterConfig, steps: int | None = None) -> PeftModel:
-    """`model` with the layers of a new adapter, as PEFT makes them. Raises ConfigError with PEFT's reason."""
+def wrap(
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    steps: int | None = None,
+    rows: Iterable[dict[str, Any]] | None = None,
+) -> PeftModel:
+    """`model` with the layers of a new adapter, as PEFT makes them. Raises ConfigError with PEFT's reason.
+
+    rows: for an initialisation that looks at some. Without, weights that begin in a special way begin in the plain one.
+    """
     import peft
 
     try:
         with peft_warnings():
-            made = peft.get_peft_model(model, peft_config(adapter, steps), autocast_adapter_dtype=False)
+            config = peft_config(adapter, steps)
+            if rows is None and initialisations.kind(config):
+                config.init_lora_weights = True
+            targets.check(model, config)
+            initialisations.require_invocation(config, rows or ())
+            initialisations.before(model, config, rows or ())
+            made = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+            loftq = rows is not None and adapter.options.get("init_lora_weights") == "loftq"
+            initialisations.after(made, rows or (), loftq=loftq)
     except (TypeError, ValueError, AttributeError) as error:
         schedule = f" (total_step is the {steps} steps of the run)" if "total_step" in str(error) else ""
         raise ConfigError("adapter", _reason(error, model) + schedule) from None
@@ -82,6 +114,7 @@ def wrap(model: PreTrainedModel, adapter: AdapterConfig, steps: int | None = Non
         if "floating point" not in str(error):
             raise
         raise ConfigError("adapter", "asks for a gradient of quantised weights (in modules_to_save, say)") from None
+    targets.check_patterns(made)
     _fit_to_runs(made)
     return made
 
@@ -114,17 +147,20 @@ def peft_config(adapter: AdapterConfig, steps: int | None = None) -> Any:
     given = dict(adapter.options)
     if adapter.method == "adalora":
         given["total_step"] = steps
+    if given.get("init_lora_weights") == "loftq":
+        given["init_lora_weights"] = True  # by PEFT's own hand it would round the base anew; see initialisations.after
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.method.upper())](task_type="CAUSAL_LM", **given)
+
+
+def save(made: Any, folder: Path) -> None:
+    """Write the adapter as PEFT does, so that anyone's PEFT puts it on the base it was trained on."""
+    with peft_warnings():
+        initialisations.save(made, folder)
 
 
 def _reason(error: Exception, model: Any) -> str:
     reason = " ".join(str(error).split())
-    if "arget modules" in reason:
-        leaves = {
-            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-        }
-        reason += f". Linear layers of this model: {', '.join(sorted(leaves))}, or 'all-linear'"
-    return reason
+    return f"{reason}. {targets.candidates(model)}" if "arget modules" in reason else reason
 
 
 def _fit_to_runs(made: Any) -> None:
@@ -302,7 +338,7 @@ def merged(adapted: PeftModel, base: Source, *, trust_remote_code: bool = False)
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as folder, peft_warnings():
-        adapted.save_pretrained(folder)
+        initialisations.save(adapted, Path(folder))
         whole = load.load_model(base, "float32", "cpu", trust_remote_code=trust_remote_code)
         try:
             made: PreTrainedModel = PeftModel.from_pretrained(whole, folder).merge_and_unload(safe_merge=True)

@@ -165,7 +165,8 @@ class _Prefix:
     SHORTEST = 16
 
     def __init__(self, model: Any, rows: list[list[int]], limit: int) -> None:
-        shared = 0 if has_virtual_tokens(model) or len(rows) < 2 else _common(rows, limit)
+        apart = has_virtual_tokens(model) or reads_rows_whole(model) or len(rows) < 2
+        shared = 0 if apart else _common(rows, limit)
         self.length = shared if shared >= self.SHORTEST else 0
         if self.length:
             self.ids = torch.tensor([rows[0][: self.length]], device=model.device)
@@ -202,6 +203,13 @@ class _Prefix:
 def has_virtual_tokens(model: Any) -> bool:
     """Whether an adapter puts tokens of its own before the text, as prompt tuning does."""
     return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
+def reads_rows_whole(model: Any) -> bool:
+    """Whether an adapter acts from certain tokens on, as an activated LoRA does: it has to see them in the row itself."""
+    return any(
+        getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()
+    )
 
 
 def _common(rows: list[list[int]], limit: int) -> int:

@@ -110,7 +110,9 @@ def _write(
             say("  the generation_config.json of the result; what serves it must stop there")
             if kind == "adapter":
                 model.get_base_model().generation_config.save_pretrained(draft.path)
-        with adapters.peft_warnings():
+        if kind == "adapter":
+            adapters.save(model, draft.path)
+        else:
             model.save_pretrained(draft.path, safe_serialization=True)
             saved.require_whole(draft.path, model)
         tokenizer.save_pretrained(draft.path)

@@ -63,6 +63,7 @@ def build_model(view: Recorded, base: load.Source, train: Split, device: str, pl
             view.train.learning_rate,
             view.train.seed,
             steps=arguments.total_steps(view, len(train.rows)),
+            rows=train.rows,
         )
     if view.trainable is not None:
         chosen = view.trainable.whole()
