@@ -66,7 +66,7 @@ LIGHT += [
     "cli.project",
     "quickstart",
 ]
-LIGHT += ["runs", "cli.runs", "cli.plan"]
+LIGHT += ["runs", "cli.runs", "cli.plan", "cli.seeds"]
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval", "scipy", "pandas", "matplotlib"]
 
 

@@ -178,6 +178,13 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             OVERRIDES,
             PROCESSES,
             _argument(
+                "--seeds",
+                type=_positive,
+                metavar="N",
+                help="repeat the run with N seeds from train.seed on, and report the spread",
+            ),
+            _argument("--json", action="store_true", help="with --seeds: print the spread as JSON"),
+            _argument(
                 "--other-versions",
                 action="store_true",
                 help="go on with an interrupted run although libraries changed since: its numbers may be others",

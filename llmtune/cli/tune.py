@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmtune import config, ranks
 from llmtune.config.train import require_divisible
+from llmtune.errors import ConfigError
 from llmtune.interruption import Interruption
 from llmtune.progress import say
 
@@ -14,6 +15,12 @@ from llmtune.progress import say
 def sft(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides, "sft")
     output = Path(settings.output_dir)
+    if arguments.seeds:
+        from llmtune.cli import seeds
+
+        return seeds.run(settings, arguments)
+    if arguments.json:
+        raise ConfigError("command line", "--json goes with --seeds; of one run the folder is printed")
     if arguments.processes and arguments.processes > 1:
         require_divisible(settings.train, arguments.processes, arguments.config)
         from llmtune.cli import launch
