@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     **dict.fromkeys(["errors", "ranks", "progress"], 0),
-    **dict.fromkeys(["config", "artifact", "interruption", "scores", "stats", "plots"], 1),
+    **dict.fromkeys(["config", "artifact", "interruption", "scores", "stats", "plots", "notes"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
     **dict.fromkeys(["evaluate", "export", "gate", "registry", "report", "runs", "plan"], 4),
@@ -66,7 +66,7 @@ LIGHT += [
     "cli.project",
     "quickstart",
 ]
-LIGHT += ["runs", "cli.runs", "cli.plan", "cli.seeds"]
+LIGHT += ["notes", "runs", "cli.runs", "cli.plan", "cli.seeds"]
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval", "scipy", "pandas", "matplotlib"]
 
 

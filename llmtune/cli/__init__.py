@@ -5,30 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import logging
 import os
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtune import __version__, ranks
+from llmtune import __version__, notes, ranks
 from llmtune.errors import LlmtuneError, ending
 
 EPILOG = """\
 exit codes: 0 done; 1 failed; 2 the config, the data or a path is wrong; 3 gate FAIL; 4 gate INCONCLUSIVE; 75 stopped by
 SIGTERM after a checkpoint; 130 Ctrl-C (the same command goes on from there)
 """
-
-
-BITSANDBYTES = (
-    ("backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),  # an optional kernel that llmtune does not use
-    ("autograd._functions", "inputs will be cast from"),  # how 8-bit products are computed, said at every one of them
-)
-"""Lines of bitsandbytes 0.50 about itself: the logger, and how the line begins."""
 
 
 def _positive(text: str) -> int:
@@ -87,25 +77,13 @@ def _run(target: str, arguments: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    """No telemetry, and no chatter of libraries about themselves; set before any of them is imported."""
+    """No telemetry, and what libraries say as notes of ours; set before any of them is imported."""
     os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # TRL 1.16 still reads names that transformers 5.23 deprecates
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     if ranks.world_size() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on what it cannot know
-    if ranks.rank() > 0:
-        warnings.simplefilter("ignore")  # the first process says it for all
-    for talkative in ("lm_eval", "accelerate"):
-        logging.getLogger(talkative).setLevel(logging.ERROR)
-    for name, said in BITSANDBYTES:  # these two lines only: what else it says is worth reading
-        logging.getLogger(f"bitsandbytes.{name}").addFilter(_all_but(said))
-
-
-def _all_but(said: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: said not in str(record.msg)
+    notes.listen()
 
 
 def _share_processors() -> None:

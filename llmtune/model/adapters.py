@@ -120,6 +120,7 @@ def wrap(
 
 
 HARMLESS = (
+    "`(is_)?gradient_checkpointing",  # PEFT 0.21 reads names that transformers 5.23 deprecates
     "Failed to load the CUDA extension",  # BOFT multiplies by torch's own means then
     "Unsupported layer type .*Norm",  # ln_tuning says so of every norm that is not torch's
     "Sparse invariant checks",
