@@ -91,7 +91,7 @@ BAD = {
     "hub without a network": (other_model("org/name"), 1, ["org/name", "is this machine offline?"]),
     "hub rows without a network": (edited("./train.jsonl", "org/rows:train"), 1, ["org/rows:train", "is this machine offline?"]),
     "what PEFT refuses": (edited("all-linear", "[nope]"), 2, ["adapter: Target modules {'nope'} not found", "q_proj"]),
-    "scheduler": (edited("1e-3", "1e-3, scheduler: lineer"), 2, ["sft.yaml: train: lineer is not a valid SchedulerType"]),
+    "scheduler": (edited("1e-3", "1e-3, scheduler: lineer"), 2, ["sft.yaml: train.scheduler: transformers has no scheduler 'lineer'", "did you mean 'linear'?"]),
 }  # fmt: skip
 
 
@@ -224,7 +224,10 @@ def test_in_a_process_of_its_own(run_file, tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run' / 'adapter'}\n"), done.stderr
     said = done.stderr.strip().splitlines()
-    assert [line.split()[0] for line in said if line] == ["train:", "train:", "2", "next:", "llmtune"], done.stderr
+    first = [line.split()[0] for line in said if line]
+    # the note is ours: a model trained for two steps has not learnt to stop
+    assert first == ["train:", "padding:", "train:", "note:", "2", "next:", "llmtune"], done.stderr
+    assert "the tuned model ended 0 of its answers" in done.stderr
 
 
 # ---- a full disk
