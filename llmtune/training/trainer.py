@@ -18,7 +18,7 @@ from llmtune import ranks
 from llmtune.data.tokens import IGNORED
 from llmtune.model import adapters
 from llmtune.model.infer import supervised_logits
-from llmtune.training import blame, group, optim
+from llmtune.training import blame, checkpoints, group, optim
 
 ADAPTER_STATE = "adapter_state.safetensors"
 """In a checkpoint, beside PEFT's own file, which for some methods is not enough to go on from."""
@@ -220,7 +220,7 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if ranks.rank() > 0 and not group.sharded() and not best.is_dir():
+        if ranks.rank() > 0 and not group.sharded() and not (best / checkpoints.SEAL).is_file():
             return  # on another machine; the first process writes the result
         if group.sharded() or not _restore_adapter(self.model, best):
             super()._load_best_model()

@@ -5,12 +5,15 @@ Each run of two takes about 15 s, most of it imports, so a run shows several thi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +75,14 @@ class Done:
 
 
 def start(
-    *words: object, launcher: tuple[str, ...] = (), module: str = "llmtune", **environment: str
+    *words: object,
+    launcher: tuple[str, ...] = (),
+    module: str = "llmtune",
+    before: Sequence[str] = (),
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """`python LAUNCHER -m llmtune WORDS`, in a process group of its own."""
-    python = [sys.executable, *launcher, "-m", module, *map(str, words)]
+    python = [*before, sys.executable, *launcher, "-m", module, *map(str, words)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     return subprocess.Popen(
         python,
@@ -212,21 +219,90 @@ def test_bad_rows_are_told_once_whoever_launched(run_file, tmp_path: Path) -> No
 
 def test_fsdp_shards_and_its_adapter_is_whole(run_file, tmp_path: Path, tiny_folder: Path) -> None:
     """From the shipped configuration, the adapter that one process trains; plain PEFT loads it in one process."""
+    words = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    spread(run_file(), tmp_path, tiny_folder, "fsdp2.yaml", "fsdp_on_cpu", words)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: docs/launch.md")
+def test_zero_3_shards_and_its_adapter_is_whole(run_file, tmp_path: Path, tiny_folder: Path) -> None:
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        pytest.skip("TORCH_EXTENSIONS_DIR names no folder with DeepSpeed's compiled part: docs/launch.md")
+    spread(run_file(), tmp_path, tiny_folder, "deepspeed_zero3.yaml", "llmtune", {"DS_ACCELERATOR": "cpu"})
+
+
+def spread(file: Path, folder: Path, base: Path, shipped: str, module: str, words: dict[str, str]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    file = run_file()
-    one = sft.run(config.load(file, ["output_dir=" + str(tmp_path / "one")]), file)
-    shipped = ("--config_file", str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2")
-    launcher = ("-m", "accelerate.commands.launch", *shipped)
-    words = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    done = finish(start("sft", file, launcher=launcher, module="fsdp_on_cpu", **words))
+    one = sft.run(config.load(file, ["output_dir=" + str(folder / "one")]), file)
+    launcher = ("--config_file", str(ROOT / "configs" / "accelerate" / shipped), "--num_processes", "2")
+    done = finish(start("sft", file, launcher=("-m", "accelerate.commands.launch", *launcher), module=module, **words))
     assert done.code == 0, done.err
-    made = artifact.read(tmp_path / "run" / "adapter")
+    made = artifact.read(folder / "run" / "adapter")
     for key in ("loss", "validation_loss"):
         assert of(made.path, key) == pytest.approx(of(one.path, key), abs=TOLERANCE)
     before, after = (load_file(path / "adapter_model.safetensors") for path in (one.path, made.path))
     assert {name: weight.shape for name, weight in before.items()} == {name: w.shape for name, w in after.items()}
     assert all(torch.allclose(after[name], before[name], atol=1e-5) for name in before)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), made.path)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made.path)
     assert sum("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters()) == 14
+
+
+def namespace(name: str, *words: str) -> list[str]:
+    return ["ip", "netns", "exec", name, *words]
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces joined by a cable: each a machine of its own to everything that speaks over the network."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    made = subprocess.run(["ip", "netns", "add", "llmtune-a"], check=False, capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.decode()}")
+    try:
+        for words in (
+            "ip netns add llmtune-b",
+            "ip link add cable-a netns llmtune-a type veth peer name cable-b netns llmtune-b",
+            *(
+                f"ip -n llmtune-{side} {what}"
+                for side, number in (("a", 1), ("b", 2))
+                for what in (
+                    "link set lo up",
+                    f"addr add 10.77.0.{number}/24 dev cable-{side}",
+                    f"link set cable-{side} up",
+                )
+            ),
+        ):
+            subprocess.run(words.split(), check=True)
+        yield
+    finally:
+        for side in "ab":
+            subprocess.run(["ip", "netns", "delete", f"llmtune-{side}"], check=False, capture_output=True)
+
+
+def test_two_machines_train_what_one_process_trains(run_file, tmp_path: Path, two_machines) -> None:
+    """Each has an output folder of its own; the first alone writes the result."""
+    file = run_file()
+    one = sft.run(config.load(file, ["output_dir=" + str(tmp_path / "one")]), file)
+    running = []
+    for rank, side in enumerate("ab"):
+        rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29500", "--rdzv_id", "test")
+        host = ("--rdzv_conf", f"is_host={int(not rank)}", "--local_addr", f"10.77.0.{rank + 1}")
+        launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *rendezvous, *host)
+        running.append(
+            start(
+                "sft",
+                file,
+                f"output_dir={tmp_path / side}",
+                launcher=launcher,
+                before=namespace(f"llmtune-{side}"),
+                GLOO_SOCKET_IFNAME=f"cable-{side}",
+            )
+        )
+    ended = [finish(process) for process in running]
+    assert [done.code for done in ended] == [0, 0], "\n".join(done.err for done in ended)
+    first = artifact.read(tmp_path / "a" / "adapter")
+    for key in ("loss", "validation_loss"):
+        assert of(first.path, key) == pytest.approx(of(one.path, key), abs=TOLERANCE)
+    assert not (tmp_path / "b" / "adapter").exists()
