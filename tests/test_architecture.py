@@ -61,6 +61,7 @@ LIGHT += [
     "cli.tune",
     "cli.data",
     "cli.launch",
+    "cli.resume",
     "cli.judge",
     "cli.deploy",
     "cli.project",

@@ -163,7 +163,7 @@ def test_commands_parse(file):
 @each(*MARKDOWN)
 def test_inline_commands_exist(file):
     known = {key.split()[0] for key in verbs()}
-    for words in re.findall(r"`llmtune ([a-z]\w*)", prose(file)):
+    for words in re.findall(r"`llmtune ([a-z][\w-]*)", prose(file)):
         assert words in known, f"`llmtune {words}` is not a command"
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"`make (\w+)", prose(file))) <= set(targets)

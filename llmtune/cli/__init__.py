@@ -113,7 +113,7 @@ OVERRIDES = _argument(
 PROCESSES = _argument(
     "--processes", type=_positive, metavar="N", help="train in N processes on this machine: one a GPU, or on the CPU"
 )
-COMPUTING = {"quickstart", "sft", "evaluate", "merge", "chat"}
+COMPUTING = {"quickstart", "sft", "verify", "evaluate", "merge", "chat"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
 JSON = _argument("--json", action="store_true", help="print the result as JSON")
 
@@ -189,6 +189,15 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             _argument("--micro-batch-size", type=_positive, default=1, metavar="ROWS", help="with --model; default: 1"),
             _argument("--length", type=_positive, default=2048, metavar="TOKENS", help="with --model; default: 2048"),
             JSON,
+        ],
+    ),
+    "verify-resume": (
+        "resume:verify",
+        "kill the first steps of a run, resume them, and compare with the same steps uninterrupted, to the bit",
+        [
+            CONFIG,
+            OVERRIDES,
+            _argument("--steps", type=_positive, default=6, metavar="N", help="how many steps; default: 6"),
         ],
     ),
     "eval": ("judge:evaluate", "base and tuned on the same items, in one process", [CONFIG, OVERRIDES]),

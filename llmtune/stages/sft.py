@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from llmtune.progress import say
 from llmtune.training import checkpoints, group, optim, packing, phases, resume, rows, setup, workspace
 
 
-def run(config: SftConfig, place: object = "config", *, other_versions: bool = False) -> Artifact:
+def run(
+    config: SftConfig, place: object = "config", *, other_versions: bool = False, callbacks: Sequence[Any] = ()
+) -> Artifact:
     """Fine-tune `config.model` on `config.data` and write the result to `config.output_dir`.
 
     Only assistant turns carry loss. With `config.adapter` the artifact is `output_dir/adapter`; without it, a whole model in
@@ -31,6 +34,7 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
     An interrupted run goes on from its last whole checkpoint, with `other_versions` also under other versions of the
     libraries; SIGTERM ends it with Preempted, Ctrl-C with KeyboardInterrupt. Raises ConfigError or DataError before any
     weight is loaded, where it follows from run file and rows; what only PEFT or transformers can tell comes after.
+    `callbacks` are transformers' own kind, called after those of llmtune.
     Of several processes the first writes the artifact, and each returns it.
     """
     seen: set[str] = set()
@@ -75,7 +79,7 @@ def run(config: SftConfig, place: object = "config", *, other_versions: bool = F
             setup.rehearse(views, base, place)
             group.join(device)
             batches = packing.layout(view, train)
-            given = phases.Given(tokenizer, train, validation, folder, device, stop, place)
+            given = phases.Given(tokenizer, train, validation, folder, device, stop, place, callbacks)
             tuned = phases.train(views, base, given)
         except UserError:
             if not checkpoints.begun(folder):

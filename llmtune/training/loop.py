@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from llmtune.errors import LlmtuneError, Stopped
 from llmtune.interruption import Interruption
@@ -22,12 +25,18 @@ from llmtune.training.trainer import SupervisedTrainer
 
 
 def train(
-    trainer: SupervisedTrainer, folder: Path, stop: Interruption, log: Path, phase: int | None = None, before: int = 0
+    trainer: SupervisedTrainer,
+    folder: Path,
+    stop: Interruption,
+    log: Path,
+    phase: int | None = None,
+    before: int = 0,
+    more: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train, from the last whole checkpoint in `folder` where there is one. Returns the metrics of this training.
 
     log: the file of the run's metrics, a line a step. phase: its number in a run of several; `before` steps were those of the
-    earlier ones, and steps go on from there; a later phase also validates before its first step.
+    earlier ones, and steps go on from there; a later phase also validates before its first step. more: the caller's callbacks.
     A signal ends training before its next micro batch, with a checkpoint of the last whole step: raises Stopped, which
     `stop` turns into Preempted or KeyboardInterrupt.
     """
@@ -35,7 +44,7 @@ def train(
     display, on_signal = ProgressDisplay(metrics), StopOnSignal(stop)
     first = [ValidateFirst(trainer)] if before else []
     window, seals = gap.Window(trainer), SealCheckpoints(trainer)
-    for callback in (window, seals, metrics, display, *first, GoOn(trainer), on_signal):
+    for callback in (window, seals, metrics, display, *first, GoOn(trainer), on_signal, *more):
         trainer.add_callback(callback)
     resume = _newest(folder)
     if resume:

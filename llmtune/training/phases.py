@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class Given:
     device: str
     stop: Interruption
     place: object
+    callbacks: Sequence[Any] = ()
 
 
 def train(views: list[Recorded], base: load.Source, given: Given) -> Tuned:
@@ -97,7 +98,7 @@ def _phase(
     trainer = setup.build_trainer(view, model, given.tokenizer, *splits, folder, given.device, given.place)
     rows.assert_nothing_lost(trainer.train_dataset, given.train.counts, trainer.blanks)
     view.require_all_read(given.place)
-    metrics = loop.train(trainer, folder, given.stop, given.folder / "metrics.jsonl", number, before)
+    metrics = loop.train(trainer, folder, given.stop, given.folder / "metrics.jsonl", number, before, given.callbacks)
     facts: dict[str, Any] = {"metrics": metrics | smoke.run(trainer, given.train.rows, given.tokenizer)}
     if view.trainable is not None:
         facts["trained"] = freeze.trained(trainer.model)

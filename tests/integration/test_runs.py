@@ -307,3 +307,15 @@ def test_a_run_killed_at_random_instants_comes_to_the_same_end(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["kills"], told["wrong"]) == (4, [])
+
+
+@pytest.mark.slow
+def test_the_proof_of_a_resumed_run(llmtune, run_file, monkeypatch):
+    """Three processes, one of them killed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    done = llmtune("verify-resume", run_file, "train.batch_size=8", "--steps", 3)
+    assert done.code == 0, done.err
+    assert done.out.startswith("equal: ")
+    assert " of checkpoint-2, and 2 lines of metrics, to the bit" in done.out  # the run has no more steps
+    assert "again, killed in step 2" in done.err
+    assert {path.name for path in run_file.parent.iterdir()} == {"sft.yaml", "train.jsonl"}
