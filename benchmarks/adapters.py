@@ -61,11 +61,18 @@ SERVED = {"lora", "lora, all-linear", "lora, all-linear, rsLoRA"}
 SERVED |= {f"lora, all-linear, {start}" for start in ("PiSSA", "OLoRA", "EVA")}
 
 
+UNMERGED = {"adaption_prompt", "beft", "cartridge", "cpt", "lily", "multitask_prompt_tuning", "p_tuning", "poly"}
+UNMERGED |= {"prefix_tuning", "prompt_tuning", "shadow"}
+"""What tests/test_methods.py finds to have no merge; BEFT has none where the base has no biases, as here."""
+FIRST = ("lora", "ia3", "prompt_tuning", "prefix_tuning", "p_tuning", "vera", "oft", "ln_tuning", "loha", "lokr")
+"""Run first, after the variants of LoRA, where there is not time for all."""
+
+
 def cases() -> dict[str, dict[str, Any]]:
     """Name -> the run file's `adapter` section."""
     from llmtune.config import peft_methods
 
-    methods = sorted(peft_methods.methods().keys() - peft_methods.REFUSED)
+    methods = sorted(peft_methods.methods().keys() - peft_methods.REFUSED, key=lambda name: (name not in FIRST, name))
     return VARIANTS | {method: {"method": method, **OPTIONS.get(method, {})} for method in methods}
 
 
@@ -109,12 +116,7 @@ def measure(adapter: dict[str, Any], folder: Path, prepared: Any) -> dict[str, A
     trainer = setup.build_trainer(view, model, tokenizer, train, validation, checkpoints, "cpu", "benchmark")
     metrics = loop.train(trainer, checkpoints, Interruption(), checkpoints / "metrics.jsonl")
     found = {key: metrics[key] for key in ("trainable_parameters", "validation_loss", "peak_memory_gb", "seconds")}
-    try:
-        model.merge_and_unload(safe_merge=True)
-        merges = True
-    except (AttributeError, NotImplementedError, ValueError):
-        merges = False
-    return {**found, "merges": merges, "learning_rate": rate(adapter)}
+    return {**found, "learning_rate": rate(adapter)}
 
 
 def main() -> int:
@@ -193,10 +195,11 @@ def write_table(results: Path) -> None:
         kinds = [
             kind for kind, able in (("nf4", peft_methods.ON_4_BITS), ("int8", peft_methods.ON_8_BITS)) if method in able
         ]
-        figures = "not run | | | | "
+        figures = f" | | {rate(adapter):g} | not run"
         if line:
             numbers = f"{line['trainable_parameters']:,} | {line['peak_memory_gb']:.2f} | {line['learning_rate']:g}"
-            figures = f"{numbers} | {line['validation_loss']:.3f} | {'yes' if line['merges'] else 'no'}"
+            figures = f"{numbers} | {line['validation_loss']:.3f}"
+        figures += " | no" if method in UNMERGED or "alora_invocation_tokens" in adapter else " | yes"
         lines.append(f"| {case} | {figures} | {', '.join(kinds) or 'no'} | {'yes' if case in SERVED else 'no'} |")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     text = f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.partition(END)[2]}"

@@ -124,6 +124,7 @@ HARMLESS = (
     "Failed to load the CUDA extension",  # BOFT multiplies by torch's own means then
     "Unsupported layer type .*Norm",  # ln_tuning says so of every norm that is not torch's
     "Sparse invariant checks",
+    "`(is_)?gradient_checkpointing` is deprecated",  # PEFT reads a name that transformers renames
     r"The following rank_pattern keys did not match.*\.lora_E'",  # AdaLoRA's own note of the ranks it pruned
     r"Adapter .* \d+ LoRA tensor\(s\) have invalid shape.*lora_[AB]:\((0, \d+|\d+, 0)\)",  # AdaLoRA pruned a rank to nothing
 )
