@@ -161,7 +161,10 @@ class Run:
             yield said, self.need(now)
         if self.device != "cpu":
             for devices in (n for n in (2, 4, 8) if size % n == 0 and now.quantize is None):
-                yield [*said, f"(sharded over {devices} GPUs by FSDP2)"], self.need(now, "fsdp2", devices)
+                yield (
+                    [*said, f"# on {devices} GPUs, by configs/accelerate/fsdp2.yaml"],
+                    self.need(now, "fsdp2", devices),
+                )
 
     def flops(self) -> float:
         """Floating point operations of the run: two a weight and token forward, two for what passes back, two for each trained weight."""

