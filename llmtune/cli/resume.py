@@ -25,25 +25,31 @@ def verify(arguments: argparse.Namespace) -> int:
         raise ConfigError(arguments.config, "verify-resume runs in one process; start it without a launcher")
     if len(settings.phases()) > 1:
         say("  of the two phases the first is looked at")
-    steps = min(steps, settings.train.max_steps or steps)
-    accumulated = settings.train.batch_size // settings.train.micro_batch_size
-    kill = random.SystemRandom().randint(min(steps, 2) * accumulated - accumulated + 1, steps * accumulated)
     beside = Path(settings.output_dir).parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=beside) as scratch:
         whole, cut = Path(scratch, "uninterrupted"), Path(scratch, "killed")
         say(f"the first {steps} steps, uninterrupted")
         _live(settings, arguments.config, whole, steps, None, 0)
-        say(f"again, killed in step {-(-kill // accumulated)} (micro batch {kill})")
+        done = int(_last(whole).name.removeprefix("checkpoint-"))  # a short run has fewer steps
+        kill = _instant(done, settings.train.batch_size // settings.train.micro_batch_size)
+        say(f"again, killed before micro batch {kill[1]} of step {kill[0]}")
         _live(settings, arguments.config, cut, steps, kill, -signal.SIGKILL)
         say("and resumed")
         _live(settings, arguments.config, cut, steps, None, 0)
         return _told(whole, cut)
 
 
-def _live(settings: Any, place: Path, output: Path, steps: int, kill: int | None, wanted: int) -> None:
+def _instant(steps: int, accumulated: int) -> tuple[int, int]:
+    """A random step, with one before it and one after it where there are so many, and a random micro batch of it."""
+    draw = random.SystemRandom()
+    return draw.randint(2, steps - 1) if steps > 2 else steps, draw.randint(1, accumulated)
+
+
+def _live(settings: Any, place: Path, output: Path, steps: int, kill: tuple[int, int] | None, wanted: int) -> None:
     """One life of the run in a process of its own. Raises LlmtuneError where it does not end as `wanted`."""
-    changed: dict[str, Any] = {"output_dir": str(output)} | ({"tracking": []} if settings.tracking else {})
+    every_step = settings.train.model_copy(update={"log_steps": 1})
+    changed: dict[str, Any] = {"output_dir": str(output), "train": every_step, "tracking": []}
     target = (settings.model_copy(update=changed), place, steps, kill)
     process = multiprocessing.get_context("spawn").Process(target=_rehearse, args=target)
     process.start()
@@ -54,7 +60,7 @@ def _live(settings: Any, place: Path, output: Path, steps: int, kill: int | None
         raise LlmtuneError(f"this part of the run ended with {process.exitcode}, not {wanted}; its message is above")
 
 
-def _rehearse(settings: Any, place: Path, steps: int, kill: int | None) -> None:
+def _rehearse(settings: Any, place: Path, steps: int, kill: tuple[int, int] | None) -> None:
     from llmtune import cli
 
     cli._quiet()
@@ -74,11 +80,10 @@ def _rehearse(settings: Any, place: Path, steps: int, kill: int | None) -> None:
 
 
 def _told(whole: Path, cut: Path) -> int:
-    from llmtune.training import checkpoints
     from llmtune.training.callbacks import read_metrics
     from llmtune.training.rehearsal import differences
 
-    first, second = (_last(folder, checkpoints) for folder in (whole, cut))
+    first, second = _last(whole), _last(cut)
     number, different = differences(first, second)
     files = (folder / "checkpoints" / "metrics.jsonl" for folder in (whole, cut))
     lines, others = ([_said(line) for line in read_metrics(file)] for file in files)
@@ -93,9 +98,10 @@ def _told(whole: Path, cut: Path) -> int:
     return 1
 
 
-def _last(folder: Path, checkpoints: Any) -> Path:
-    found: Path = checkpoints.last_complete(next((folder / "checkpoints").glob("**/checkpoint-*")).parent)
-    return found
+def _last(folder: Path) -> Path:
+    """The newest of a rehearsal's checkpoints."""
+    found = (folder / "checkpoints").glob("**/checkpoint-*")
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def _said(line: dict[str, Any]) -> dict[str, Any]:

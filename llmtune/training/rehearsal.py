@@ -20,26 +20,29 @@ class Rehearsed(BaseException):
 
 
 class Rehearsal(TrainerCallback):  # type: ignore[misc]
-    """Ends the run by Rehearsed at step `steps` with a checkpoint. The schedule of the learning rate stays the whole run's.
+    """Ends the run by Rehearsed at step `steps`, or at its end before that, with a checkpoint; its schedule stays the whole run's.
 
-    kill: the process is killed in this micro batch, counted from 1 over all steps; and a checkpoint is written at every step.
+    kill: the step and the micro batch of it, each from 1, before which the process is killed, or at the next chance after it;
+    then a checkpoint is written at every step.
     """
 
-    def __init__(self, steps: int, kill: int | None = None) -> None:
-        self.steps, self.kill, self.begun = steps, kill, 0
+    def __init__(self, steps: int, kill: tuple[int, int] | None = None) -> None:
+        self.steps, self.kill, self.micro = steps, kill, 0
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.begun += 1
-        if self.begun == self.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.micro = 0
+        self.on_substep_end(args, state, control)
 
-    on_substep_end = on_step_begin
+    def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.micro += 1
+        if self.kill and (state.global_step + 1, self.micro) >= self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_save |= self.kill is not None or state.global_step >= self.steps
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= self.steps:
+        if state.global_step >= self.steps or control.should_training_stop:
             raise Rehearsed
 
 

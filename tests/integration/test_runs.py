@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -313,9 +314,10 @@ def test_a_run_killed_at_random_instants_comes_to_the_same_end(tmp_path):
 def test_the_proof_of_a_resumed_run(llmtune, run_file, monkeypatch):
     """Three processes, one of them killed."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    done = llmtune("verify-resume", run_file, "train.batch_size=8", "--steps", 3)
+    words = ["train.max_steps=4", "train.micro_batch_size=3", "train.batch_size=6", "train.log_steps=2"]
+    done = llmtune("verify-resume", run_file, *words, "--steps", 9)
     assert done.code == 0, done.err
     assert done.out.startswith("equal: ")
-    assert " of checkpoint-2, and 2 lines of metrics, to the bit" in done.out  # the run has no more steps
-    assert "again, killed in step 2" in done.err
+    assert " of checkpoint-4, and 4 lines of metrics, to the bit" in done.out  # the run has no more steps
+    assert re.search(r"again, killed before micro batch [12] of step [23]\n", done.err)
     assert {path.name for path in run_file.parent.iterdir()} == {"sft.yaml", "train.jsonl"}
