@@ -20,7 +20,10 @@ KNOWN_LOGS = (
         "bitsandbytes.backends.cpu.ops",
         "Failed to load CPU gemm_4bit_forward",
     ),  # 0.50: an optional kernel, not used here
-    ("bitsandbytes.autograd._functions", "inputs will be cast from"),  # 0.50: how each 8-bit product is computed
+    (
+        "bitsandbytes.autograd._functions",
+        "MatMul8bitLt: inputs will be cast from",
+    ),  # 0.50: how each 8-bit product is computed
     (
         "transformers.trainer",
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
