@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import torch
 
 from llmtune import ranks
 from llmtune.config.train import TrainConfig, require_divisible
-from llmtune.errors import ConfigError, DataError, LlmtuneError
-from llmtune.training import group, rows
+from llmtune.errors import ConfigError, DataError, LlmtuneError, Stopped
+from llmtune.interruption import Interruption
+from llmtune.training import callbacks, group, rows
 from llmtune.training.trainer import LengthBuckets
 
 
@@ -154,3 +156,18 @@ def test_a_timeout_is_a_number_of_seconds(environment):
     environment(LLMTUNE_TIMEOUT_S="soon")
     with pytest.raises(ConfigError, match="LLMTUNE_TIMEOUT_S: 'soon' is not a positive number of seconds"):
         ranks.timeout_s()
+
+
+def test_a_signal_during_the_exchange_is_not_lost(monkeypatch):
+    """Where a process waits for the others most of its time is where most signals come."""
+    stop = Interruption()
+    callback = callbacks.StopOnSignal(stop)
+
+    def exchanged(value: float) -> float:
+        stop.received = signal.SIGTERM
+        return value
+
+    monkeypatch.setattr(callbacks.group, "largest", exchanged)
+    callback.check()
+    with pytest.raises(Stopped):
+        callback.check()

@@ -181,9 +181,10 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self.stop = stop
 
     def check(self) -> None:
-        """Raise Stopped where any process was signalled."""
-        self.stop.received = int(group.largest(self.stop.received or 0)) or None
-        self.stop.check()
+        """Raise Stopped where any process was signalled. A signal that comes during this exchange is for the next one."""
+        if agreed := int(group.largest(self.stop.received or 0)):
+            self.stop.received = agreed
+            self.stop.check()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.check()

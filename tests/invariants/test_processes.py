@@ -116,7 +116,7 @@ def process_of(rank: int, parent: subprocess.Popen[str]) -> int:
     """The id of the process with this rank under `parent`."""
     for child in psutil.Process(parent.pid).children(recursive=True):
         if child.environ().get("RANK") == str(rank):
-            return child.pid
+            return int(child.pid)
     raise LookupError(rank)
 
 
@@ -162,12 +162,14 @@ def test_two_processes_train_what_one_trains(run_file, tmp_path: Path, packing: 
 
 
 def test_a_signal_to_one_stops_both_and_the_resumed_run_is_the_whole_one_to_the_bit(run_file, tmp_path: Path) -> None:
-    file = run_file(dropout=0.2, max_steps=60, eval_steps=20)
+    file = run_file(dropout=0.2, max_steps=200, eval_steps=100)
     whole = finish(start("sft", file, f"output_dir={tmp_path / 'whole'}", "--processes", 2))
     assert whole.code == 0, whole.err
     running = start("sft", file, "--processes", 2)
-    wait_for_step(25, tmp_path / "run", running)
-    os.kill(process_of(1, running), signal.SIGTERM)
+    wait_for_step(1, tmp_path / "run", running)
+    second = process_of(1, running)
+    wait_for_step(5, tmp_path / "run", running)
+    os.kill(second, signal.SIGTERM)
     stopped = finish(running)
     assert stopped.code == 75, stopped.err
     assert stopped.message.startswith("stopped at step ") and told(tmp_path / "run")["code"] == 75
