@@ -51,6 +51,8 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_
         ({"WORLD_SIZE": "2", **SHARDED, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, 2, "fsdp_state_dict_type: SHARDED"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, 0, "sets mixed_precision to bf16, .* set it to 'no' there"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, 0, "sets dynamo_backend to inductor"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}, 2, "for parallelism_config"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "asks for megatron_lm"),
     ],
 )
 def test_a_launch_that_trains_something_else_is_refused(environment, monkeypatch, words, gpus, said):

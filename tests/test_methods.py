@@ -26,6 +26,7 @@ from llmtune.errors import ConfigError
 from llmtune.export import merge, proof
 from llmtune.interruption import Interruption
 from llmtune.model import adapters, infer, initialisations, load
+from llmtune.model.saved import require_whole
 from llmtune.training import loop, rows, setup
 
 STEPS, RATE = 6, 1e-2
@@ -100,6 +101,7 @@ class Bench:
     def save(self, model: Any, folder: Path, method: str) -> artifact.Artifact:
         with artifact.writing(folder / "adapter", "adapter") as draft:
             adapters.save(model, draft.path)
+            require_whole(draft.path, model)
             draft.facts.update(base=self.base.facts(), config={"adapter": {"method": method}})
         return artifact.read(folder / "adapter")
 
@@ -250,6 +252,11 @@ def test_lily_is_said_to_look_ahead(bench: Bench, capsys: pytest.CaptureFixture[
     assert "an answer depends on the rows beside it and on tokens after it" in capsys.readouterr().err
 
 
+def test_a_format_that_would_not_be_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="bfloat16 has no effect on a float32 base"):
+        adapters.build_adapter(bench.load(), AdapterConfig(method="lora"), "bfloat16", RATE, 0)
+
+
 def test_adalora_prunes_ranks_and_adds_its_own_loss(bench: Bench, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -384,6 +391,7 @@ def test_a_bfloat16_base_trains_and_is_read_back_equal(bench: Bench, method: str
             "r: has no effect with adalora: AdaLoRA starts from init_r and ends at target_r",
         ),
         ({"method": "adalora", "target_r": 0}, r"adapter\.target_r: 0 is no rank"),
+        ({"method": "adalora", "target_r": 12}, r"adapter\.target_r: AdaLoRA prunes from init_r \(12\) down to it"),
         ({"method": "prompt_tuning"}, "num_virtual_tokens: prompt_tuning needs it, for example num_virtual_tokens: 20"),
         ({"method": "cpt"}, "cpt_token_ids: cpt needs it, for example"),
         ({"method": "trainable_tokens", "token_indices": []}, "token_indices: trainable_tokens needs it"),

@@ -18,8 +18,6 @@ PACKAGES = {  # start of a name -> the module it needs, and what its message nam
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
     "adamw_torch_4bit": ("torchao", "torchao"),
     "adamw_torch_8bit": ("torchao", "torchao"),
-    "galore": ("galore_torch", "galore_torch"),
-    "apollo": ("apollo_torch", "apollo_torch"),
     "lomo": ("lomo_optim", "lomo_optim"),
     "adalomo": ("lomo_optim", "lomo_optim"),
     "grokadamw": ("grokadamw", "grokadamw"),
@@ -38,11 +36,10 @@ def test_every_optimizer_works_or_says_what_it_lacks(name) -> None:
     module, said = next((need for start, need in PACKAGES.items() if name.startswith(start)), (None, ""))
     if name.startswith(BITSANDBYTES):
         module, said = "bitsandbytes", "bitsandbytes"
-    options = {"target_modules": "all-linear"} if name.startswith(("galore", "apollo")) else {}
     scheduler = "constant" if name.startswith("schedule_free") else "linear"
 
     def attempt() -> None:
-        check(optimizer=name, optimizer_options=options, scheduler=scheduler)
+        check(optimizer=name, scheduler=scheduler)
 
     if name.startswith("paged_"):
         with pytest.raises(ConfigError, match=rf"{name} moves pages between a GPU .*; use (\w+)") as refused:

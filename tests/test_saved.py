@@ -8,8 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from llmtune import config
 from llmtune.errors import LlmtuneError
-from llmtune.model import saved
+from llmtune.model import adapters, saved
+from llmtune.stages import sft
 
 
 def adapter(seed: int = 0):
@@ -55,3 +57,29 @@ def test_a_whole_model_that_lost_a_tensor_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(LlmtuneError, match="numbers instead of"):
         saved.require_whole(tmp_path, model)
+
+
+def test_an_adapter_that_lost_its_tensors_is_not_published(
+    tmp_path: Path, tiny_folder: Path, chat_rows, monkeypatch
+) -> None:
+    chat_rows(tmp_path)
+    raw = {
+        "stage": "sft",
+        "model": {"name": str(tiny_folder), "dtype": "float32"},
+        "data": {"train": "./train.jsonl"},
+        "adapter": {"method": "lora", "r": 2, "init_lora_weights": "pissa", "target_modules": "all-linear"},
+        "train": {"max_steps": 1},
+        "output_dir": "./run",
+    }
+
+    def emptied(made, folder, write=adapters.save):
+        write(made, folder)
+        file = folder / "adapter_model.safetensors"
+        save_file({name: torch.empty(0) for name in load_file(file)}, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapters, "save", emptied)
+        with pytest.raises(LlmtuneError, match="is empty"):
+            sft.run(config.build(raw, tmp_path / "sft.yaml"))
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert sft.run(config.build(raw, tmp_path / "sft.yaml")).kind == "adapter"

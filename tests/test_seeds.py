@@ -70,6 +70,15 @@ def test_seeds_are_trained_once_and_differ(command, tmp_path):
     assert "was trained with other settings (train); choose another output_dir" in err
 
 
+def test_seeds_of_two_phases_are_trained_once(command, tmp_path):
+    words = ["--seeds", 2, "second_phase={trainable: {norms: true}, max_steps: 1}", "train.max_steps=1"]
+    assert command(*words)[0] == 0
+    assert (tmp_path / "run" / "seed-4" / "model").is_dir()
+    code, _, err = command(*words)
+    assert code == 0
+    assert "seed 3: finished already" in err and "seed 4: finished already" in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -76,6 +76,20 @@ def test_nothing_is_asked_where_answers_are_long_and_nothing_fails_where_asking_
     assert "could not be asked whether it ends its answers (no such kernel)" in capsys.readouterr().err
 
 
+def test_a_packed_row_is_asked_alone(tmp_path, tiny_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(smoke.infer, "generate", lambda _, __, prompts, *___: asked.append(prompts) or [])
+    for packing in (False, True):
+        folder = tmp_path / str(packing)
+        folder.mkdir()
+        settings = run_file(folder, tiny_folder, max_steps=1)
+        rows = [{"prompt": f"say {n}", "completion": "o" * (5 - n)} for n in range(4)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = settings.data.model_copy(update={"packing": packing, "max_length": 256})
+        sft.run(settings.model_copy(update={"data": data}))
+    assert asked[0] == asked[1] and len(asked[0]) == 2
+
+
 @pytest.fixture
 def other_end(tmp_path) -> Path:
     return tiny.save(tmp_path / "base", chat_template=OTHER_END)

@@ -50,7 +50,7 @@ def run(settings: Any, arguments: argparse.Namespace) -> int:
 
 
 def _finished(own: Any, place: object) -> Artifact | None:
-    folder = Path(own.output_dir, "adapter" if own.adapter is not None else "model")
+    folder = Path(own.output_dir, own.makes)
     if not artifact.complete(folder):
         return None
     before, now = artifact.read(folder), own.model_dump(mode="json", exclude_none=True)

@@ -108,6 +108,11 @@ def check_fields(method: str, fields: dict[str, object]) -> None:
                 f"adapter.bias: {value!r} trains the base's own biases, so that switching the adapter off no longer "
                 "gives the base; remove it"
             )
+    first, last = fields.get("init_r", 12), fields.get("target_r", 8)  # PEFT's defaults
+    if method == "adalora" and isinstance(first, int) and isinstance(last, int) and last >= first:
+        raise ValueError(
+            f"adapter.target_r: AdaLoRA prunes from init_r ({first}) down to it; set it below that, not to {last}"
+        )
     for name, example in needed(method).items():
         if not fields.get(name):
             raise ValueError(f"adapter.{name}: {method} needs it, for example {name}: {example}")

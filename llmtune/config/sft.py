@@ -102,6 +102,11 @@ class SftConfig(Section):
                 "train what comes out in a run of its own"
             )
 
+    @property
+    def makes(self) -> Literal["adapter", "model"]:
+        """What the run's result is, and the name of its folder."""
+        return "adapter" if self.adapter is not None and self.second_phase is None else "model"
+
     def phases(self) -> list[SftConfig]:
         """The run's phases, each the config of a run of its own: one, or with `second_phase` two."""
         second = self.second_phase

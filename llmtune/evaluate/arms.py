@@ -86,6 +86,9 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     assert view.stage == "eval"
     folder = Path(view.run)
     tuned = artifact.finished_run(folder)
+    if tuned.kind == "adapter" and tuned.manifest["config"]["adapter"]["method"] == "lily":
+        why = "lily mixes its experts by the mean over a batch, so that a score would depend on the items beside it"
+        raise ConfigError(place, f"run: {why}; tune with another method to compare it with its base")
     suites = [load_suite(name, Path(place)) for name in view.suites]
     if twice := [name for name, number in Counter(suite.config.suite for suite in suites).items() if number > 1]:
         raise ConfigError(place, f"suites: '{twice[0]}' stands twice")

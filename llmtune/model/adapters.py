@@ -124,7 +124,6 @@ HARMLESS = (
     "Failed to load the CUDA extension",  # BOFT multiplies by torch's own means then
     "Unsupported layer type .*Norm",  # ln_tuning says so of every norm that is not torch's
     "Sparse invariant checks",
-    "`(is_)?gradient_checkpointing` is deprecated",  # PEFT reads a name that transformers renames
     r"The following rank_pattern keys did not match.*\.lora_E'",  # AdaLoRA's own note of the ranks it pruned
     r"Adapter .* \d+ LoRA tensor\(s\) have invalid shape.*lora_[AB]:\((0, \d+|\d+, 0)\)",  # AdaLoRA pruned a rank to nothing
 )
@@ -197,6 +196,9 @@ def _choose_dtype(made: Any, method: str, dtype: str, learning_rate: float) -> N
     from peft.tuners.tuners_utils import BaseTuner
 
     if made.dtype == torch.float32:
+        if dtype == "bfloat16":
+            reason = "bfloat16 has no effect on a float32 base, which model.dtype makes it here; remove it"
+            raise ConfigError("train.adapter_dtype", reason)
         return
     trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
     narrow = [parameter for parameter in trained if parameter.dtype != torch.float32]

@@ -84,18 +84,23 @@ def save(made: Any, folder: Path) -> None:
     if not takes_from_the_base(made):
         made.save_pretrained(str(folder), safe_serialization=True)
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(stored(made), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _twice_the_rank(made.active_peft_config).save_pretrained(str(folder))
+
+
+def stored(made: Any) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter as `save` writes them, by PEFT's names."""
     from peft import get_peft_model_state_dict
 
     tensors = {}
     for name, tensor in get_peft_model_state_dict(made).items():
-        first = made.taken_out.get(name)
+        first = made.taken_out.get(name) if takes_from_the_base(made) else None
         if first is not None:
             rows = _factor(name) == "A"
             tensor = torch.cat([tensor, first if rows else -first], dim=0 if rows else 1)
         tensors[name] = tensor.detach().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _twice_the_rank(made.active_peft_config).save_pretrained(str(folder))
+    return tensors
 
 
 def _twice_the_rank(config: Any) -> Any:

@@ -9,14 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmtune.errors import LlmtuneError
+from llmtune.model import adapters, initialisations
 
 
 def require_whole(folder: Path, model: Any) -> None:
     """Raise LlmtuneError unless the safetensors files in `folder` hold the weights of `model`: its adapter, or all of it.
 
-    No tensor may be empty, as those of a model that is spread over processes are, each number is finite, and there are as many
-    as there should be. An adapter has each tensor by its name, with its shape, so that PEFT loads it; a whole model may be stored under
-    other names than it has in memory, and what shares its memory with another tensor, as a tied head does, once.
+    No tensor may be empty, as those of a model that is spread over processes are (but where AdaLoRA pruned all of it), each
+    number is finite, and there are as many as there should be. An adapter has each tensor by its name, with its shape, so that
+    PEFT loads it; a whole model may be stored under other names than it has in memory, and what shares its memory with another
+    tensor, as a tied head does, once.
     """
     adapter = hasattr(model, "peft_config")
     expected, found, wrong = _expected(model), dict[str, tuple[int, ...]](), []
@@ -26,7 +28,7 @@ def require_whole(folder: Path, model: Any) -> None:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
                     tensor = tensors.get_tensor(name)
                     found[name] = tuple(tensor.shape)
-                    if not tensor.numel():
+                    if not tensor.numel() and (name not in expected or expected[name].numel()):
                         wrong.append(f"{name} is empty")
                     elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         wrong.append(f"{name} holds numbers that are not finite")
@@ -53,6 +55,5 @@ def require_whole(folder: Path, model: Any) -> None:
 def _expected(model: Any) -> dict[str, torch.Tensor]:
     if not hasattr(model, "peft_config"):
         return dict(model.state_dict())
-    from peft import get_peft_model_state_dict
-
-    return dict(get_peft_model_state_dict(model))
+    with adapters.peft_warnings():
+        return initialisations.stored(model)

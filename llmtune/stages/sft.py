@@ -42,7 +42,7 @@ def run(
     view = views[0]
     assert view.stage == "sft"
     output = Path(view.output_dir)
-    kind: artifact.Kind = "adapter" if view.adapter is not None and len(views) == 1 else "model"
+    kind = config.makes
     target = output / kind
     folder = output / "checkpoints"
     if target.exists():
@@ -118,7 +118,7 @@ def _write(
             adapters.save(model, draft.path)
         else:
             model.save_pretrained(draft.path, safe_serialization=True)
-            saved.require_whole(draft.path, model)
+        saved.require_whole(draft.path, model)
         tokenizer.save_pretrained(draft.path)
         (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8")

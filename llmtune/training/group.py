@@ -92,6 +92,16 @@ def check(config: Any, place: object) -> None:
                 f"accelerate's configuration sets {key} to {given}, which would change the run unseen; set it to '{plain}' there: "
                 "model.dtype decides",
             )
+    for name in (
+        "PARALLELISM_CONFIG",
+        "MEGATRON_LM",
+    ):  # rows cut over processes would be other rows, other counts, other masks
+        if _flag(f"ACCELERATE_USE_{name}"):
+            raise ConfigError(
+                place,
+                f"accelerate's configuration asks for {name.lower()}, by which this run would train wrongly; take it out there: "
+                "FSDP2 or DeepSpeed ZeRO-3 spread a model that is too large for one GPU (configs/accelerate)",
+            )
     seen, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size()))
     on_cpu = config.model.device == "cpu" or not seen
     if sharded():

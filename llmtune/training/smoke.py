@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmtune import ranks
@@ -64,12 +66,19 @@ def _answers(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[tuple[li
     """The prompt and the length of the last answer of each row whose answer is whole."""
     stops = set(tokenizer.convert_tokens_to_ids(list(template.of(tokenizer).stops)))
     found = []
-    for row in rows.select(range(min(len(rows), LOOKED_AT))):
-        labels = row["labels"]
+    for ids, labels in _rows(rows):
         end = max((n for n, label in enumerate(labels) if label != IGNORED), default=-1)
         if end < 0 or labels[end] not in stops:
             continue  # it was cut
         start = max((n + 1 for n in range(end) if labels[n] == IGNORED), default=0)
         if start:
-            found.append((row["input_ids"][:start], end - start + 1))
+            found.append((ids[:start], end - start + 1))
     return found
+
+
+def _rows(rows: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids and labels of each row, whether they are packed or not."""
+    for row in rows.select(range(min(len(rows), LOOKED_AT))):
+        ends = list(itertools.accumulate(row.get("seq_lengths", [len(row["input_ids"])])))
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield row["input_ids"][start:end], row["labels"][start:end]

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with seven corrections, each for a measured reason."""
+"""TRL's SFTTrainer, corrected where it was measured to train, validate, save or resume otherwise than a run here must."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ ADAPTER_STATE = "adapter_state.safetensors"
 
 
 class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
-    """Takes the loss on supervised positions only, and restores adapters in the dtype they were saved in.
+    """TRL's trainer with a loss, batches, a validation, checkpoints and rates of its own.
 
     Without Triton (any CPU) TRL 1.16 runs the language-model head on every position; here it runs where a label stands. On a
-    GPU TRL's fused kernel does that already and is used, unless the adapter has a part in the head or a loss of its own. And
+    GPU TRL's fused kernel does that already and is used, unless the adapter has a part in the head or a loss of its own. The
+    loss of a step is sum(weight x loss) / sum(weight) over its supervised tokens, whatever the micro batches, the processes
+    and the model's class; TRL knows no weights, and takes the mean of batch means where a class, such as Gemma 3's, says that
+    it does not count. The validation loss of transformers is such a mean, too.
+
     `PeftModel.load_adapter`, by which transformers resumes and takes the best checkpoint back, turns bfloat16 adapters into
-    float32 ones (another trajectory, another speed), and reads a file that for some methods is not the whole adapter. transformers' own grouping by length runs an epoch of less than fifty batches from the
-    longest rows to the shortest and draws from the global generator, so that a run resumed inside an epoch sees other batches;
-    see LengthBuckets. Its validation loss is a mean of batch means. TRL makes every adapter on a quantised base
-    bfloat16; here it keeps the dtype that it was built in. TRL knows no weights: where rows have them, the loss of a
-    step is sum(weight x loss) / sum(weight) over its supervised tokens. TRL's telemetry is off.
+    float32 ones (another trajectory, another speed), and reads a file that for some methods is not the whole adapter; TRL
+    makes every adapter on a quantised base bfloat16. Here an adapter keeps the dtype that it was built in. transformers' own
+    grouping by length runs an epoch of less than fifty batches from the longest rows to the shortest and draws from the
+    global generator, so that a run resumed inside an epoch sees other batches; see LengthBuckets. TRL's telemetry is off.
     """
 
+    loss_is_scaled_for_ga = True
     seen_tokens = 0
     """Tokens trained on so far in this process, padding not counted."""
     learned = (0.0, 0.0)
@@ -77,15 +81,14 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
         logits, targets = supervised_logits(model, {k: v for k, v in inputs.items() if k != "labels"}, labels)
         each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         weight = torch.ones_like(each) if weights is None else weights[:, 1:][labels[:, 1:] != IGNORED]
-        whole = (
-            weight.sum().clamp(min=1e-9) if num_items_in_batch is None else num_items_in_batch
-        )  # blank rows have none
+        if num_items_in_batch is None:
+            whole = weight.sum().clamp(min=1e-9)  # blank rows have none
+        else:  # gradients are averaged over the processes, and the count is of all of them
+            whole = num_items_in_batch / self.accelerator.num_processes
         loss = (each * weight).sum() / whole
+        self._count(loss, weight.sum().item(), num_items_in_batch)
         if self.model.training and (own := adapters.own_loss(self.model, labels)) is not None:
             loss = loss + own * weight.sum() / whole
-        if num_items_in_batch is not None:
-            loss *= self.accelerator.num_processes  # gradients are averaged over them, and the count is of all
-        self._count(loss, weight.sum().item(), num_items_in_batch)
         return loss
 
     def _count(self, loss: torch.Tensor, weight: float, num_items_in_batch: Any) -> None:
@@ -99,9 +102,10 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """What the loss of a step is divided by: its supervised tokens over all processes; weighted rows, their weights."""
-        if not any("weights" in batch for batch in batch_samples):
-            return super()._get_num_items_in_batch(batch_samples, device)
-        total = sum(batch["weights"][:, 1:][batch["labels"][:, 1:] != IGNORED].sum() for batch in batch_samples)
+        total: Any = 0
+        for batch in batch_samples:
+            counted = batch["labels"][:, 1:] != IGNORED
+            total += (batch["weights"][:, 1:][counted] if "weights" in batch else counted).sum()
         return self.accelerator.gather(torch.as_tensor(total, device=device)).sum()
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> Any:

@@ -132,6 +132,15 @@ def test_an_adapter_for_another_base_is_refused(tuned: Path, tiny_folder: Path, 
         evaluate(tuned)
 
 
+def test_a_lily_adapter_is_not_scored(tuned: Path, monkeypatch) -> None:
+    made = artifact.finished_run(tuned / "run")
+    config_of_run = {**made.manifest["config"], "adapter": {"method": "lily"}}
+    lily = dataclasses.replace(made, manifest={**made.manifest, "config": config_of_run})
+    monkeypatch.setattr(artifact, "finished_run", lambda _: lily)
+    with pytest.raises(ConfigError, match="lily mixes its experts by the mean over a batch"):
+        evaluate(tuned)
+
+
 def _another(source: load.Source) -> load.Source:
     return dataclasses.replace(source, sha256="0" * 64)
 

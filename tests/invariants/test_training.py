@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from llmtune import config
 from llmtune.artifact import Artifact
@@ -174,6 +175,15 @@ def test_equivalent_set_ups_give_one_trajectory(
     """That of the plain loop, which the stage itself follows above."""
     expected = by_hand(tiny_folder, [encoded(tmp_path, tiny_folder)] * STEPS)
     assert logged(run("other", **changes)) == pytest.approx(expected, abs=SAME)
+
+
+def test_a_class_that_does_not_count_tokens_is_trained_like_any_other(
+    run, tmp_path: Path, tiny_folder: Path, monkeypatch
+) -> None:
+    """Gemma3ForConditionalGeneration says so, by which transformers takes the mean of the means of micro batches."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    expected = by_hand(tiny_folder, [encoded(tmp_path, tiny_folder)] * STEPS)
+    assert logged(run("other", train__micro_batch_size=2)) == pytest.approx(expected, abs=SAME)
 
 
 @pytest.mark.parametrize("changes", [{}, {"data__packing": True, "data__max_length": 96}], ids=["padded", "packed"])
