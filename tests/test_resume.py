@@ -111,3 +111,28 @@ def test_every_key_that_may_change_is_one_of_the_run_file():
     known = {f"config.{key}" for key in keys_of(SftConfig)}
     named = {key for key in resume.MAY_CHANGE if key.startswith("config.")}
     assert named <= known
+
+
+def test_clearing_that_is_cut_short_leaves_nothing_that_counts(interrupted, monkeypatch):
+    """Killed while it deletes: no checkpoint is sealed any more, and the note still says whose folder it is."""
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume.clear(interrupted)
+    assert not checkpoints.begun(interrupted)
+    monkeypatch.undo()
+    resume.claim(interrupted, THEN, "sft.yaml")
+    assert [path.name for path in interrupted.iterdir()] == ["run.json"]
+
+
+def test_a_folder_of_the_user_is_refused_and_kept(tmp_path):
+    mine = tmp_path / "checkpoints" / "checkpoint-500" / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(ConfigError, match="holds files that are not this tool's"):
+        resume.claim(tmp_path / "checkpoints", THEN, "sft.yaml")
+    resume.clear(tmp_path / "checkpoints")
+    assert mine.read_text() == "precious"

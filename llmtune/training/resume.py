@@ -74,11 +74,13 @@ def claim(folder: Path, identity: dict[str, Any], place: object, *, other_versio
 
 
 def clear(folder: Path) -> None:
-    """Delete a run's checkpoints, the note last, so that what is left of them is known to be ours whenever this is cut short.
+    """Delete a run's checkpoints, seals first and the note last: whenever this is cut short, what is left is known to be ours.
 
     A folder without a note is not touched.
     """
     if (folder / NOTE).is_file():
+        for seal in folder.glob(f"**/{checkpoints.SEAL}"):
+            seal.unlink(missing_ok=True)
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)  # two machines of one run may both be at it
