@@ -65,6 +65,8 @@ def test_seventy_billion_by_hand():
     packed = need(sketch(SEVENTY, lora()), quantize="nf4")
     assert packed.weights == pytest.approx(2 * (size - linear) + linear * (0.5 + 1 / 64 + 4 / (64 * 256)))
     assert packed.workspace == 2 * 8192 * 28_672  # the largest layer, unpacked
+    on_cpu = need(sketch(SEVENTY, lora()), quantize="nf4", on_cpu=True)
+    assert on_cpu.workspace == packed.workspace + 2 * linear + memory.KERNELS  # and the file that it was read from
 
 
 def test_sharding_divides_and_data_parallelism_does_not():

@@ -248,6 +248,8 @@ def need(
         layers = _quantised_layers(model)
         weights += sum(layer.weight.numel() * (QUANTISED[quantize] - layer.weight.element_size()) for layer in layers)
         workspace += width * max(layer.weight.numel() for layer in layers)
+        if on_cpu:  # the checkpoint stays mapped while its embeddings are used as they lie there, and its pages count
+            workspace += width * sum(layer.weight.numel() for layer in layers)
     if sharding == "ddp" and devices > 1:
         gradients *= 2  # its buckets hold a second copy
     elif sharding != "none" and devices > 1:
