@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from pydantic import ValidationError
 
 from llmtune import ranks
 from llmtune.config import Recorded
@@ -46,10 +47,10 @@ class Setting:
 
 
 class Run:
-    """One run file priced: the model without storage, its rows, and the memory that any setting of the levers needs."""
+    """A phase of a run file priced: the model without storage, its rows, and the memory that any setting of the levers needs."""
 
-    def __init__(self, config: SftConfig, place: object) -> None:
-        self.config, self.place, view = config, place, Recorded(config)
+    def __init__(self, config: SftConfig, whole: SftConfig, place: object) -> None:
+        self.config, self.whole, self.place, view = config, whole, place, Recorded(config)
         require_divisible(config.train, ranks.world_size(), place)
         group.check(view, place)
         self.device = load.choose_device(config.model.device)
@@ -150,13 +151,13 @@ class Run:
         size, micro = self.config.train.batch_size, start.micro_batch_size
         now, said = start, list[str]()
         yield said, self.need(now)
-        for smaller in (n for n in range(micro - 1, 0, -1) if size % n == 0):
+        for smaller in (n for n in range(micro - 1, 0, -1) if size % (n * ranks.world_size()) == 0):
             now, said = replace(start, micro_batch_size=smaller), [f"train.micro_batch_size={smaller}"]
             yield said, self.need(now)
-        if not now.activation_checkpointing:
+        if not now.activation_checkpointing and self._takes("train", activation_checkpointing=True):
             now, said = replace(now, activation_checkpointing=True), [*said, "train.activation_checkpointing=true"]
             yield said, self.need(now)
-        if now.quantize is None and self.config.adapter is not None:
+        if now.quantize is None and self._takes("model", quantize="nf4"):
             now, said = replace(now, quantize="nf4"), [*said, "model.quantize=nf4"]
             yield said, self.need(now)
         if self.device != "cpu":
@@ -165,6 +166,15 @@ class Run:
                     [*said, f"# on {devices} GPUs, by configs/accelerate/fsdp2.yaml"],
                     self.need(now, "fsdp2", devices),
                 )
+
+    def _takes(self, section: str, **lever: object) -> bool:
+        """Whether the run file may say so, with all else that it says."""
+        raw = self.whole.model_dump(exclude_unset=True)
+        try:
+            SftConfig.model_validate(raw | {section: raw[section] | lever})
+        except ValidationError:
+            return False
+        return True
 
     def flops(self) -> float:
         """Floating point operations of the run: two a weight and token forward, two for what passes back, two for each trained weight."""
@@ -191,9 +201,15 @@ def _lengths(split: Split) -> tuple[list[int], list[int], dict[int, Any]]:
 def of_run(config: SftConfig, place: object, earlier: list[dict[str, Any]]) -> dict[str, Any]:
     """The plan of a run file. earlier: runs on this machine (`run`, `base`, `method`, `tokens_per_s`), newest first.
 
-    Raises what `sft` would raise before it loads weights.
+    Of two phases it is that of the first, with that of the second under `second_phase`. Raises what `sft` would raise before it
+    loads weights.
     """
-    run = Run(config, place)
+    first, *second = (_of_phase(phase, config, place, earlier) for phase in config.phases())
+    return first | ({"second_phase": second[0]} if second else {})
+
+
+def _of_phase(config: SftConfig, whole: SftConfig, place: object, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    run = Run(config, whole, place)
     free = available(run.device)
     tried = [(overrides, need.peak) for overrides, need in run.levers()]
     fitting = next(((overrides, peak) for overrides, peak in tried if peak <= ROOM * free), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmtune import config
 from llmtune.errors import LlmtuneError
 from llmtune.stages import sft
+from llmtune.training import blame
 from llmtune.training.trainer import SupervisedTrainer
 
 
@@ -74,6 +76,17 @@ def test_the_row_is_named(run, packing):
     ) as told:
         run(7, packing=packing)
     assert "Correct or remove that row, or lower train.learning_rate" in str(told.value)
+
+
+def test_every_process_tries_as_many_rows_as_the_others(run, monkeypatch):
+    """Packed, one process has more rows in a step than another; where a loss takes both, each has to wait for the other."""
+    tried, alone = [], blame._alone
+    monkeypatch.setattr(blame, "_alone", lambda trainer, row: tried.append(row) or alone(trainer, row))
+    others = SimpleNamespace(largest=lambda value: 11.0 if value == 8 else float(value), every=list, total=list)
+    monkeypatch.setattr(blame, "group", others)
+    with pytest.raises(LlmtuneError, match=r"already for train.jsonl:7 \(loss nan\) alone"):
+        run(7)
+    assert len(tried) == 11
 
 
 def test_several_rows_are_named(run):

@@ -229,6 +229,33 @@ def test_the_first_lever_that_makes_it_fit_is_proposed(planned, monkeypatch):
     assert not nothing["device"]["fits"]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "lever"),
+    [
+        ({"method": "loha"}, "quantize"),
+        ({"method": "prefix_tuning", "num_virtual_tokens": 4}, "activation_checkpointing"),
+    ],
+)
+def test_a_lever_that_the_run_would_refuse_is_not_proposed(planned, monkeypatch, adapter, lever):
+    monkeypatch.setattr(plan.Run, "need", _priced(100.0))
+    for free in (51.0, 26.0, 13.0, 7.0, 4.0):
+        monkeypatch.setattr(plan, "available", lambda _, free=free: free / plan.ROOM)
+        found = planned(adapter=adapter)["proposal"]
+        assert lever not in str(found)
+
+
+def test_each_of_two_phases_is_planned(planned, chat_rows, tmp_path):
+    rows = chat_rows(tmp_path, 12, "all.jsonl").read_text().splitlines()[10:]
+    (tmp_path / "val.jsonl").write_text("\n".join(rows) + "\n")
+    data = {"train": "./train.jsonl", "validation": "./val.jsonl"}
+    found = planned(data=data, second_phase={"trainable": {"top_blocks": 2}, "max_steps": 2})
+    second = found["second_phase"]
+    assert (found["model"]["method"], second["model"]["method"]) == ("lora", "partial")
+    assert (found["model"]["trained"], found["run"]["steps"]) == (4096, 9)
+    assert second["model"]["trained"] > 10 * 4096 and second["run"]["steps"] == 2
+    assert "second_phase" not in planned()
+
+
 def _priced(peak: float):
     """A need that is `peak` times the share of the micro batch, and a quarter and a half of it for the other two levers."""
 

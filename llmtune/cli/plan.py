@@ -33,6 +33,8 @@ def plan(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
         sys.stdout.write(_run(found, arguments))
+        if "second_phase" in found:
+            sys.stdout.write(f"\nthen, as the second phase\n{_run(found['second_phase'], arguments)}")
     return 0
 
 

@@ -45,7 +45,8 @@ def validation(trainer: Any, batches: Iterable[dict[str, Any]], since: int) -> L
 
 def _weights(trainer: Any, since: int, last: int) -> LlmtuneError | None:
     """The error where the weights that are trained are not finite any more, after step `last`."""
-    if all(bool(weight.isfinite().all()) for weight in trainer.model.parameters() if weight.requires_grad):
+    finite = all(bool(weight.isfinite().all()) for weight in trainer.model.parameters() if weight.requires_grad)
+    if not group.largest(not finite):  # of a model that is spread, each process sees a part
         return None
     if since == last:
         return LlmtuneError(f"the weights are not a number after step {last}, whose gradient was one: {LOWER}, {ANEW}")
@@ -57,7 +58,11 @@ def _weights(trainer: Any, since: int, last: int) -> LlmtuneError | None:
 
 def _rows_at_fault(trainer: Any, batches: Iterable[dict[str, Any]], rows: Any, split: str, what: str) -> LlmtuneError:
     tried = [row for batch in batches for row in _rows(batch)]
-    alone = {n: wrong for n, row in enumerate(tried) if (wrong := _alone(trainer, row))}
+    turns = int(
+        group.largest(len(tried))
+    )  # on a GPU, and of a model that is spread, a loss takes all processes at once
+    found = [_alone(trainer, tried[n % len(tried)]) for n in range(turns)]
+    alone = {n: wrong for n, wrong in enumerate(found[: len(tried)]) if wrong}
     named = _places(Path(rows.cache_files[0]["filename"]).with_name(f"{split}.arrow"), tried)
     guilty = group.every([f"{named[n]} ({wrong})" for n, wrong in alone.items()])
     if not guilty:
