@@ -219,6 +219,22 @@ def test_a_variant_of_lora_is_an_adapter_of_the_base_as_it_was(bench: Bench, var
     assert float((merged - exact).abs().max()) <= 3e-7 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_what_is_taken_out_of_a_bfloat16_base_and_the_rest_add_up_to_it(tiny_folder, monkeypatch, start: str) -> None:
+    from peft.tuners.lora import Linear
+
+    def build() -> Any:
+        model = load.load_model(load.find(str(tiny_folder)), "bfloat16", "cpu")
+        lora = AdapterConfig(method="lora", r=4, init_lora_weights=start, target_modules="all-linear")
+        return adapters.build_adapter(model, lora, "auto", 1e-3, seed=0, rows=[{"input_ids": [1, 2, 3]}])
+
+    assert initialisations.takes_from_the_base(build())
+    whole = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 0.9 * whole(self, name))
+    with pytest.raises(ConfigError, match=r"takes out of .*_proj and the rest do not add up to it"):
+        build()
+
+
 @pytest.mark.parametrize("variant", ["pissa", "pissa, fast", "eva", "corda"])
 def test_a_resumed_run_rebuilds_what_it_began_from(bench: Bench, variant: str, tmp_path: Path) -> None:
     lora = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", **VARIANTS[variant]}

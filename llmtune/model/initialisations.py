@@ -27,8 +27,11 @@ def kind(config: Any) -> str:
     return start.split("_niter_")[0] if isinstance(start, str) else ""
 
 
-def before(model: Any, config: Any, rows: Iterable[dict[str, Any]]) -> None:
-    """What has to be done before there is an adapter. Raises ConfigError for what a run here cannot do."""
+def before(model: Any, config: Any, rows: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What has to be done before there is an adapter. Raises ConfigError for what a run here cannot do.
+
+    Where a part is to be taken out of the base's weights, returns what each of them gives now, for `after` to compare with.
+    """
     start = kind(config)
     if start == "lora_ga":
         raise ConfigError(
@@ -52,10 +55,16 @@ def before(model: Any, config: Any, rows: Iterable[dict[str, Any]]) -> None:
             found = {name for name, part in model.named_modules() if isinstance(part, linear) and part is not head}
             config.target_modules = found
         preprocess_corda(model, config, run_model=look)
+    if start not in TAKES_FROM_THE_BASE:
+        return {}
+    return {name: _image(part.weight) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
 
 
-def after(made: Any, rows: Iterable[dict[str, Any]], *, loftq: bool) -> None:
-    """What has to be done once the adapter is there: EVA's directions, what NF4 lost, a note of what was taken out of the base."""
+def after(made: Any, rows: Iterable[dict[str, Any]], images: dict[str, torch.Tensor], *, loftq: bool) -> None:
+    """What has to be done once the adapter is there: EVA's directions, what NF4 lost, a note of what was taken out of the base.
+
+    Raises ConfigError where what was taken out and what is left do not add up to the weight, rounding aside.
+    """
     from peft import get_peft_model_state_dict, initialize_lora_eva_weights, replace_lora_weights_loftq
 
     config = made.active_peft_config
@@ -73,6 +82,28 @@ def after(made: Any, rows: Iterable[dict[str, Any]], *, loftq: bool) -> None:
     if kind(config) in TAKES_FROM_THE_BASE:
         taken = get_peft_model_state_dict(made)
         made.taken_out = {name: t.detach().clone() for name, t in taken.items() if _factor(name)}
+        _require_whole(made.get_base_model(), images)
+
+
+def _require_whole(model: Any, images: dict[str, torch.Tensor]) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            parts = _image(weight) + _image(layer.get_delta_weight("default"))
+            error = float((parts - images[name]).norm() / images[name].norm())
+            # a number rounded to a format is off by its half step at most; both factors and the rest are rounded
+            if error > 8 * torch.finfo(weight.dtype).eps:
+                raise ConfigError(
+                    "adapter", f"what this initialisation takes out of {name} and the rest do not add up to it"
+                )
+
+
+def _image(weight: torch.Tensor) -> torch.Tensor:
+    """What a matrix makes of one fixed vector of signs, in float32: as long as its outputs, and another for another matrix."""
+    signs = torch.randint(0, 2, (weight.shape[1],), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return weight.detach().float() @ signs.to(weight.device)
 
 
 def takes_from_the_base(made: Any) -> bool:
