@@ -38,6 +38,7 @@ KNOWN_LOGS = (
 """Logger, and what its line begins with. Version and reason beside it."""
 KNOWN_WARNINGS = (
     r"`(is_)?gradient_checkpointing",  # peft 0.21 and trl 1.16 read names that transformers 5.23 deprecates
+    r"Position ids are not supported for parameter efficient",  # peft 0.21: virtual tokens move them all alike
 )
 """How a Python warning begins."""
 
@@ -48,7 +49,7 @@ def listen() -> None:
     for logger, text in KNOWN_LOGS:
         logging.getLogger(logger).addFilter(_all_but(text))
     for pattern in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=pattern, category=FutureWarning)
+        warnings.filterwarnings("ignore", message=pattern)
     if ranks.rank() > 0:
         warnings.simplefilter("ignore")  # the first process says it for all
     warnings.showwarning = _show  # type: ignore[assignment]

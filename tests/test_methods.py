@@ -412,6 +412,9 @@ def test_a_bfloat16_base_trains_and_is_read_back_equal(bench: Bench, method: str
         ({"method": "cpt"}, "cpt_token_ids: cpt needs it, for example"),
         ({"method": "trainable_tokens", "token_indices": []}, "token_indices: trainable_tokens needs it"),
         ({"method": "poly", "n_tasks": 3}, "n_tasks: has no effect with poly: rows carry no task"),
+        ({"method": "lora", "lora_alpha": 0}, r"adapter\.lora_alpha: 0 multiplies the adapter by nothing"),
+        ({"method": "lora", "target_modules": "(["}, r"adapter\.target_modules: '\(\[' is not a regular expression"),
+        ({"method": "lora", "rank_pattern": {"*": 2}}, r"adapter\.rank_pattern: '\*' is not a regular expression"),
         ({"method": "lora", "bias": "all"}, "'all' trains the base's own biases"),
     ],
 )

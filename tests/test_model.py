@@ -57,6 +57,7 @@ def test_the_hash_of_a_base_follows_its_weights_and_nothing_else(copy, tmp_path)
     ("name", "error", "problem"),
     [
         ("/nowhere/at/all", ConfigError, "/nowhere/at/all is no folder, no .gguf file, no package:PKG/file.gguf and no hub id"),
+        ("./nowhere", ConfigError, "./nowhere is no folder, no .gguf file"),
         ("/nowhere/model.gguf", ConfigError, "no such file: /nowhere/model.gguf"),
         ("package:no_such_package/x.gguf", ConfigError, "the Python package 'no_such_package' is not installed"),
         ("package:pytest/x.gguf", ConfigError, "the package 'pytest' has no file 'x.gguf'"),

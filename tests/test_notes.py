@@ -32,6 +32,8 @@ def test_an_unknown_warning_reaches_the_user_once(heard):
 def test_a_known_one_does_not(heard):
     text = "`is_gradient_checkpointing` is deprecated and will be removed in v6."
     warnings.warn_explicit(text, FutureWarning, "/x/site-packages/transformers/modeling_utils.py", 3303)
+    text = "Position ids are not supported for parameter efficient tuning. Ignoring position ids."
+    warnings.warn_explicit(text, UserWarning, "/x/site-packages/peft/peft_model.py", 2251)
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from %s", "x")
     assert heard() == []
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from llmtune import config
-from llmtune.errors import VERDICT_EXIT, ConfigError
+from llmtune.errors import VERDICT_EXIT, ArtifactError, ConfigError
 from llmtune.progress import say
 
 
@@ -25,12 +25,14 @@ def gate(arguments: argparse.Namespace) -> int:
     from llmtune import gate as gates
 
     folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
+    if folder == arguments.scores and any((folder / step).is_dir() for step in ("adapter", "model")):
+        raise ArtifactError(f"{folder}: holds no scores; 'llmtune eval' makes them")
     made = gates.run(folder, margins=_margins(arguments.margin))
     verdict = gates.read(made)
     sys.stdout.write(
         (made.path / "verdict.json").read_text(encoding="utf-8") + "\n"
         if arguments.json
-        else gates.render_text(verdict)
+        else gates.render_text(verdict) + "\n"
     )
     return VERDICT_EXIT[verdict.verdict]
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llmtune import config, ranks
+from llmtune.config import peft_methods
 from llmtune.config.train import require_divisible
 from llmtune.errors import ConfigError
 from llmtune.interruption import Interruption
@@ -37,13 +38,18 @@ def sft(arguments: argparse.Namespace) -> int:
     metrics = made.manifest["metrics"]
     loss = metrics["validation_loss"]
     say(
-        f"\n{metrics['steps']} steps in {metrics['seconds']} s, {metrics['tokens_per_s']} tokens/s, "
+        f"\n{metrics['steps']} steps in {metrics['seconds']} s, {metrics['tokens_per_s']:,.0f} tokens/s, "
         f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} parameters trained"
         + (f"; validation loss {loss:.4f}, best at step {metrics['best_step']}" if loss is not None else "")
     )
     say(
         f"next: llmtune chat {made.path.parent}"
-        + f"\n      llmtune merge {made.path.parent}" * (made.kind == "adapter")
+        + f"\n      llmtune merge {made.path.parent}" * (made.kind == "adapter" and _merges(settings.adapter.method))
     )
     print(made.path)
     return 0
+
+
+def _merges(method: str) -> bool:
+    """Whether an adapter can be merged, as far as its method tells."""
+    return not (peft_methods.has_virtual_tokens(method) or method in peft_methods.NO_MERGE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,15 @@ WITHOUT_EFFECT = {
 """Fields that do nothing in a run here, or something that it must not do: method -> field -> what to do."""
 
 RANKS = ("r", "init_r", "target_r", "rank", "module_rank", "shadow_r")
+REGEXES = ("target_modules", "exclude_modules")
+"""Fields that are a regular expression where they are not a list."""
+
+NO_MERGE = {
+    "adaption_prompt": "it adds a gated attention to prompts of its own, which no weight of the base computes",
+    "lily": "it mixes its experts anew for every batch, so there is no one change of the weights",
+    "poly": "it mixes its skills anew for every row's task, so there is no one change of the weights",
+}
+"""Methods that PEFT cannot merge without saying why; what it says itself is passed on."""
 
 
 def known_method(name: str) -> str:
@@ -103,6 +113,11 @@ def check_fields(method: str, fields: dict[str, object]) -> None:
     for name, value in fields.items():
         if name in RANKS and isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"adapter.{name}: {value} is no rank, and would train nothing; use 1 or more, such as 8")
+        if name in ("lora_alpha", "alpha") and value == 0:
+            raise ValueError(
+                f"adapter.{name}: 0 multiplies the adapter by nothing, so it would train nothing; use 16, say"
+            )
+        _check_regexes(name, value)
         if name == "bias" and value != "none":
             raise ValueError(
                 f"adapter.bias: {value!r} trains the base's own biases, so that switching the adapter off no longer "
@@ -116,6 +131,15 @@ def check_fields(method: str, fields: dict[str, object]) -> None:
     for name, example in needed(method).items():
         if not fields.get(name):
             raise ValueError(f"adapter.{name}: {method} needs it, for example {name}: {example}")
+
+
+def _check_regexes(name: str, value: object) -> None:
+    keys = list(value) if name.endswith("_pattern") and isinstance(value, dict) else []
+    for pattern in [value] if name in REGEXES and isinstance(value, str) else keys:
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            raise ValueError(f"adapter.{name}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def needed(method: str) -> dict[str, str]:

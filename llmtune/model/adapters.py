@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from llmtune.artifact import Artifact
+from llmtune.config.peft_methods import NO_MERGE
 from llmtune.config.train import AdapterConfig
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError
 from llmtune.model import infer, initialisations, load, targets
@@ -130,7 +131,7 @@ def peft_warnings() -> Iterator[None]:
         yield
     for line in dict.fromkeys(" ".join(str(warning.message).split()) for warning in heard):
         if not any(re.match(pattern, line) for pattern in HARMLESS):
-            say(f"  PEFT warns: {line}")
+            say(f"  note: peft: {line}")
 
 
 def peft_config(adapter: AdapterConfig, steps: int | None = None) -> Any:
@@ -308,14 +309,6 @@ def _follow_base(made: PeftModel, given: set[torch.nn.Parameter]) -> None:
         for weight in set(made.parameters()) - given:
             if weight.is_floating_point():
                 weight.data = weight.data.to(dtype)
-
-
-NO_MERGE = {
-    "adaption_prompt": "it adds a gated attention to prompts of its own, which no weight of the base computes",
-    "lily": "it mixes its experts anew for every batch, so there is no one change of the weights",
-    "poly": "it mixes its skills anew for every row's task, so there is no one change of the weights",
-}
-"""Methods that PEFT cannot merge without saying why; what it says itself is passed on."""
 
 
 def no_merge(model: Any) -> str | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*"]
 WORDS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
+HUB_ID = re.compile(r"^(?P<id>(?!\.)[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research-only|no-commercial", re.IGNORECASE)
 NO_SUCH_ATTENTION = re.compile(r"does not support (an attention implementation|Flash Attention)")
 

@@ -59,6 +59,7 @@ def candidates(model: Any, field: str = "target_modules") -> str:
     if field == "modules_to_save":
         return f"Modules that are often trained whole: {', '.join(sorted(_ends(model)))}"
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear -= _ends(model) if _tied(model) else set()  # they could not be merged; see check_patterns
     return f"Linear layers of this model: {', '.join(sorted(linear))}, or 'all-linear'"
 
 

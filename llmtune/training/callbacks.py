@@ -97,8 +97,8 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
         if self.bar and "loss" in logs:
             self.bar.advance(state.global_step - self.bar.done, note(self.metrics.last))
         elif self.bar and "eval_loss" in logs:
-            gap = f", {logs['eval_gap']:+.4f} from training" if "eval_gap" in logs else ""
-            say(f"  step {self.metrics.before + state.global_step}: validation loss {logs['eval_loss']:.4f}{gap}")
+            since = f", training loss {logs['eval_training_loss']:.4f}" if "eval_gap" in logs else ""
+            say(f"  step {self.metrics.before + state.global_step}: validation loss {logs['eval_loss']:.4f}{since}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()

@@ -7,6 +7,7 @@ folder holds it, and the first that comes to prepare prepares for all of them th
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -56,7 +57,16 @@ def prepared(output: Path) -> Iterator[bool]:
 def _alone(output: Path, place: object) -> Iterator[None]:
     if output.exists() and not output.is_dir():
         raise ConfigError(place, f"output_dir: {output} is a file, and a folder is needed")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            place, f"output_dir: {output} cannot be written to ({error.strerror}); choose another"
+        ) from None
     lock, several = FileLock(output / LOCK, timeout=0), ranks.world_size() > 1
     with FileLock(output / TURN) if several else contextlib.nullcontext():
         try:

@@ -125,6 +125,8 @@ def test_the_gate_wants_scores(llmtune, tmp_path):
     done = llmtune("gate", tmp_path)
     assert done.code == 2
     assert "has no llmtune.json, so it is unfinished" in done.message
+    (tmp_path / "adapter").mkdir()
+    assert llmtune("gate", tmp_path).message == f"{tmp_path}: holds no scores; 'llmtune eval' makes them"
 
 
 # ---- init, schema, doctor
