@@ -123,7 +123,7 @@ def _messages(arguments: argparse.Namespace) -> Iterator[str]:
     elif not sys.stdin.isatty():
         text = sys.stdin.read().strip()
         if not text:
-            raise UserError("llmtune chat: standard input is empty; type a message, or name a --file")
+            raise UserError("chat: standard input is empty; type a message, or name a --file")
         yield text
     else:
         from prompt_toolkit import PromptSession

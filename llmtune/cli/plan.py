@@ -16,7 +16,7 @@ PARTS = ("process", "weights", "trained", "optimizer", "gradients", "activations
 
 def plan(arguments: argparse.Namespace) -> int:
     if (arguments.config is None) == (arguments.model is None):
-        raise UserError("llmtune plan: takes a run file, or a model by --model")
+        raise UserError("plan: takes a run file, or a model by --model")
     if arguments.model is not None:
         from llmtune import plan as plans
 

@@ -19,6 +19,7 @@ VERBS = [
     "data",
     "sft",
     "plan",
+    "verify-resume",
     "eval",
     "gate",
     "merge",
@@ -126,7 +127,7 @@ def test_the_gate_wants_scores(llmtune, tmp_path):
     assert done.code == 2
     assert "has no llmtune.json, so it is unfinished" in done.message
     (tmp_path / "adapter").mkdir()
-    assert llmtune("gate", tmp_path).message == f"{tmp_path}: holds no scores; 'llmtune eval' makes them"
+    assert llmtune("gate", tmp_path).message == f"{tmp_path}: holds no scores; 'llmtune eval' makes them\n"
 
 
 # ---- init, schema, doctor

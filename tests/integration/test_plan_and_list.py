@@ -34,7 +34,7 @@ def test_plan_of_a_model_alone(llmtune, run_file, tiny_folder):
     assert rows == ["full", "LoRA", "QLoRA"]  # it has no four top blocks
     assert "first fits on 1 GPU, activation checkpointing off" in table.out
     assert json.loads(llmtune("plan", "--model", tiny_folder, *small, "--json").out)["parameters"] > 90_000
-    assert llmtune("plan").message == "llmtune plan: takes a run file, or a model by --model\n"
+    assert llmtune("plan").message == "plan: takes a run file, or a model by --model\n"
     assert llmtune("plan", run_file, "--model", tiny_folder).code == 2
     assert llmtune("plan", "--model", run_file).code == 2
     assert llmtune("plan", "--model", tiny_folder, "--gpus", "one").code == 2
