@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is slower on more
+
+# a shell that starts the tests in the background has Ctrl-C ignored, and a run keeps what was ignored when it began
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
