@@ -52,6 +52,12 @@ def run(
             place, f"output_dir: {target} is finished already; choose another output_dir, or move it away"
         )
     require_divisible(config.train, ranks.world_size(), place)
+    if config.second_phase is not None and (spread := group.sharded()):
+        raise ConfigError(
+            place,
+            f"second_phase: phase 1's weights are put together in one process, which was not tried under {spread}; train "
+            "with a copy of the model in each process (--processes N), or leave it out",
+        )
     group.check(view, place)
     for tracker in view.tracking:
         if importlib.util.find_spec(tracker) is None:

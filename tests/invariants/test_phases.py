@@ -185,3 +185,9 @@ def test_an_adapter_that_has_no_merge_is_told_before_its_training(place: Path, t
     lily = {"method": "lily", "r": 4, "target_modules": ["q_proj", "v_proj"]}
     with pytest.raises(ConfigError, match="second_phase: a lily adapter cannot be merged: it mixes its experts anew"):
         sft.run(phased(place, tiny_folder, "run", adapter=lily))
+
+
+def test_two_phases_are_not_spread_over_processes(place: Path, tiny_folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"second_phase: .* was not tried under FSDP"):
+        sft.run(phased(place, tiny_folder, "spread"))
