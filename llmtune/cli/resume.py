@@ -23,6 +23,7 @@ def verify(arguments: argparse.Namespace) -> int:
     settings, steps = config.load(arguments.config, arguments.overrides, "sft"), arguments.steps
     if ranks.world_size() > 1:
         raise ConfigError(arguments.config, "verify-resume runs in one process; start it without a launcher")
+    _require_two(steps, arguments.config)
     if len(settings.phases()) > 1:
         say("  of the two phases the first is looked at")
     beside = Path(settings.output_dir).parent
@@ -32,12 +33,20 @@ def verify(arguments: argparse.Namespace) -> int:
         say(f"the first {steps} steps, uninterrupted")
         _live(settings, arguments.config, whole, steps, None, 0)
         done = int(_last(whole).name.removeprefix("checkpoint-"))  # a short run has fewer steps
+        _require_two(done, arguments.config)
         kill = _instant(done, settings.train.batch_size // settings.train.micro_batch_size)
         say(f"again, killed before micro batch {kill[1]} of step {kill[0]}")
         _live(settings, arguments.config, cut, steps, kill, -signal.SIGKILL)
         say("and resumed")
         _live(settings, arguments.config, cut, steps, None, 0)
         return _told(whole, cut)
+
+
+def _require_two(steps: int, place: Path) -> None:
+    if steps < 2:
+        raise ConfigError(
+            place, "a run killed in its only step begins anew, which proves nothing; take 2 steps or more"
+        )
 
 
 def _instant(steps: int, accumulated: int) -> tuple[int, int]:

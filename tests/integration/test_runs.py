@@ -321,3 +321,9 @@ def test_the_proof_of_a_resumed_run(llmtune, run_file, monkeypatch):
     assert " of checkpoint-4, and 4 lines of metrics, to the bit" in done.out  # the run has no more steps
     assert re.search(r"again, killed before micro batch [12] of step [23]\n", done.err)
     assert {path.name for path in run_file.parent.iterdir()} == {"sft.yaml", "train.jsonl"}
+
+
+def test_a_proof_of_one_step_proves_nothing_and_is_refused(llmtune, run_file):
+    done = llmtune("verify-resume", run_file, "--steps", 1)
+    assert done.code == 2
+    assert "proves nothing; take 2 steps or more" in done.message
