@@ -43,6 +43,8 @@ LIGHT = [
     "config.data",
     "config.train",
     "config.eval",
+    "config.judges",
+    "config.metrics",
     "config.peft_methods",
     "config.transformers_names",
     "artifact",

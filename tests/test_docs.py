@@ -17,7 +17,9 @@ import llmtune
 from llmtune import cli, config, gate, stats
 from llmtune.config import Section
 from llmtune.config.data import ColumnMap
-from llmtune.config.eval import EvalConfig, Metric, Rule, SuiteConfig
+from llmtune.config.eval import EvalConfig, Rule, SuiteConfig
+from llmtune.config.judges import JudgeConfig
+from llmtune.config.metrics import METRICS
 from llmtune.config.sft import SftConfig
 from llmtune.config.train import AdapterConfig
 from llmtune.data.chats import load_chats
@@ -37,6 +39,7 @@ TABLES = [  # every key of a section stands in the table with this heading, with
     ("eval.md", "key", EvalConfig),
     ("eval.md", "suite key", SuiteConfig),
     ("data.md", "map key", ColumnMap),
+    ("eval.md", "judge key", JudgeConfig),
     ("gate.md", "rule key", Rule),
 ]
 
@@ -104,7 +107,7 @@ def keys_of(section: type[Section], prefix: str = "") -> dict[str, object]:
         default = field.get_default(call_default_factory=True)
         if nested is None or default is not PydanticUndefined:
             found[prefix + key] = default
-        if nested not in (None, ColumnMap, AdapterConfig) and not field.default_factory:
+        if nested not in (None, ColumnMap, AdapterConfig, JudgeConfig) and not field.default_factory:
             found |= keys_of(nested, f"{prefix}{key}.")
     return found
 
@@ -213,7 +216,8 @@ def test_tables_of_keys_are_the_schema(page, heading, section):
         elif default is None:
             assert written == "none", key
         else:
-            assert yaml.load(written.strip("`"), Loader=config._Loader) == default, key
+            stated = yaml.load(written.strip("`"), Loader=config._Loader)
+            assert (type(default)(**stated) if isinstance(default, Section) else stated) == default, key
 
 
 def test_every_option_and_metric_is_documented():
@@ -222,7 +226,7 @@ def test_every_option_and_metric_is_documented():
         for option in parser._option_string_actions:
             if option.startswith("--") and option not in ("--help", "--debug"):
                 assert option in page.read_text(encoding="utf-8"), f"{verb} {option}"
-    assert {cells[0].strip("`") for cells in table(DOCS / "eval.md", "metric")} == set(Metric.__args__)
+    assert {cells[0].strip("`") for cells in table(DOCS / "eval.md", "metric")} == METRICS.keys()
 
 
 def test_the_shipped_suites_are_described_as_they_are():

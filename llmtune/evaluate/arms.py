@@ -20,12 +20,13 @@ from llmtune import artifact, config, scores
 from llmtune.artifact import Artifact
 from llmtune.config import Recorded
 from llmtune.config.data import ColumnMap
-from llmtune.config.eval import GENERATED, EvalConfig, SuiteConfig
+from llmtune.config.eval import EvalConfig, SuiteConfig
+from llmtune.config.metrics import METRICS
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.tokens import encode_answer, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError
 from llmtune.evaluate import judge
-from llmtune.evaluate.metrics import HIGHER_IS_BETTER, measure
+from llmtune.evaluate.metrics import measure
 from llmtune.model import adapters, infer, load
 from llmtune.progress import Progress, say
 from llmtune.scores import Score
@@ -217,7 +218,7 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
             suite=suite.config.suite,
             suite_sha256=suite.sha256,
             metric=metric,
-            higher_is_better=HIGHER_IS_BETTER[metric],
+            higher_is_better=METRICS[metric].higher_is_better,
             item_id=identity,
             cluster_id=str(chat.row.fields.get("cluster") or identity),
             prompt_sha256=_hash(prompts[index]),
@@ -235,7 +236,7 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
             losses = infer.token_losses(model, rows, tokenizer.pad_token_id, on_batch=bar.advance)
         for index, loss in enumerate(losses):
             yield record(index, "loss", loss, tokens=rows[index].supervised)
-    if generated := [metric for metric in wanted if metric in GENERATED]:
+    if generated := [metric for metric in wanted if METRICS[metric].probe == "answer"]:
         chosen = sorted(
             random.Random(SEED).sample(
                 range(len(prompts)), min(len(prompts), suite.config.generate_items or len(prompts))

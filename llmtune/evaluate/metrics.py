@@ -9,15 +9,6 @@ from typing import Any
 from llmtune.evaluate.judge import judge
 from llmtune.model.infer import Answer
 
-HIGHER_IS_BETTER = {
-    "loss": False,
-    "rouge_l": True,
-    "exact_match": True,
-    "one_sentence": True,
-    "answer_tokens": True,  # a tune that makes every answer short is a regression
-    "complied": False,
-    "refused": False,
-}
 SENTENCE = re.compile(r"""[A-Z`'"*(][^\n]*[.!?]['"`*)]?""")
 INNER_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)[.!?]\s+[A-Z]")
 

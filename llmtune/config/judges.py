@@ -1,0 +1,42 @@
+"""Who judges answers: the section `judge` of a run file or a suite."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from llmtune.config import LocalPath, Section
+
+GUARDS = ("llama_guard", "wildguard", "qwen3guard", "shieldgemma", "classifier")
+
+
+class JudgeConfig(Section):
+    """A judge of single answers: the refusal pattern, log-probability openers, a guard model, or an endpoint."""
+
+    kind: Literal["refusal_pattern", "openers", "guard", "endpoint"] = "refusal_pattern"
+    model: str | None = Field(None, description="guard: a folder or hub id; endpoint: the model's name there")
+    family: Literal["llama_guard", "wildguard", "qwen3guard", "shieldgemma", "classifier"] | None = Field(
+        None, description="guard: how it is asked and how its verdict is read"
+    )
+    base_url: str | None = Field(None, description="endpoint: OpenAI-compatible, such as http://127.0.0.1:8000/v1")
+    api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds its key")
+    timeout_s: PositiveFloat = Field(60, description="endpoint: of one request")
+    retries: PositiveInt = Field(
+        4, description="endpoint: tries after a timeout, a 429 or a 5xx, waiting longer each time"
+    )
+    card: LocalPath | None = Field(
+        None, description="what `llmtune judge validate` measured of it; the gate refuses a judge without one"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> JudgeConfig:
+        needed = {"guard": {"model", "family"}, "endpoint": {"model", "base_url"}}.get(self.kind, set())
+        ours = {"refusal_pattern": {"card"}, "openers": {"card"}, "guard": {"model", "family", "card"}}.get(
+            self.kind, {"model", "base_url", "api_key_env", "timeout_s", "retries", "card"}
+        )
+        if missing := [key for key in sorted(needed) if getattr(self, key) is None]:
+            raise ValueError(f"{missing[0]}: required with kind: {self.kind}")
+        if extra := sorted(self.model_fields_set - ours - {"kind"}):
+            raise ValueError(f"{extra[0]}: has no effect with kind: {self.kind}")
+        return self
