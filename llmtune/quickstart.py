@@ -230,7 +230,7 @@ def _replay(rows: int) -> list[dict[str, Any]]:
     """
     from llmtune.data.rows import read_rows
     from llmtune.data.tokens import encode_prompt
-    from llmtune.evaluate.judge import judge
+    from llmtune.evaluate.judges import pattern
     from llmtune.model import infer, load
 
     base = load.find(base_model())
@@ -244,7 +244,7 @@ def _replay(rows: int) -> list[dict[str, Any]]:
             answers = infer.generate(model, tokenizer, prompts, REPLAY_TOKENS, 32, seed=seed, on_batch=bar.advance)
             for turn, answer in zip(turns, answers, strict=True):
                 said = {"role": "assistant", "content": answer.text, **({} if answer.ended else {"cut_off": True})}
-                if answer.text and not (sensitive and judge(answer.text) != "refused"):
+                if answer.text and not (sensitive and pattern.outcome(answer.text) != "refused"):
                     replayed.append({"replay": True, "messages": [*turn, said]})
     return replayed
 

@@ -25,7 +25,7 @@ from llmtune.config.metrics import METRICS
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.tokens import encode_answer, encode_prompt
 from llmtune.errors import ConfigError, DataError, LlmtuneError
-from llmtune.evaluate import judge
+from llmtune.evaluate.judges.pattern import RefusalPattern
 from llmtune.evaluate.metrics import measure
 from llmtune.model import adapters, infer, load
 from llmtune.progress import Progress, say
@@ -97,7 +97,7 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     base = load.find_again(tuned.manifest["base"])
     adapters.require_base(tuned, base)
     dtype = tuned.manifest["base"]["dtype"] if view.dtype == "auto" else view.dtype
-    settings_of_run = [dtype, view.device, view.batch_size, judge.VERSION, artifact.versions()]
+    settings_of_run = [dtype, view.device, view.batch_size, RefusalPattern.version, artifact.versions()]
     view.require_all_read(place)
     subject = _load(base, tuned, dtype, view.device)
     parts, key = (
@@ -256,7 +256,7 @@ def _own(subject: Subject, model: Any, arm: Arm, suite: Suite, batch_size: int) 
             chat = suite.chats[index]
             for metric in generated:
                 value, outcome = measure(metric, answer, chat.answer)
-                judged = {"id": judge.ID, "version": judge.VERSION} if outcome else None
+                judged = {"id": RefusalPattern.id, "version": RefusalPattern.version} if outcome else None
                 more = {"response": answer.text, "tokens": answer.tokens, "latency_s": answer.latency_s}
                 yield record(index, metric, value, outcome=outcome, judge=judged, **more)
 

@@ -6,7 +6,7 @@ import functools
 import re
 from typing import Any
 
-from llmtune.evaluate.judge import judge
+from llmtune.evaluate.judges import pattern
 from llmtune.model.infer import Answer
 
 SENTENCE = re.compile(r"""[A-Z`'"*(][^\n]*[.!?]['"`*)]?""")
@@ -16,7 +16,7 @@ INNER_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)[.!?]\s+[A-Z]")
 def measure(metric: str, answer: Answer, reference: str | None) -> tuple[float | None, str | None]:
     """(value, outcome) of a metric of the model's own answer; None where it could not be scored."""
     if metric in {"complied", "refused"}:
-        outcome = judge(answer.text)
+        outcome = pattern.outcome(answer.text)
         return (float(outcome == metric) if outcome in {"complied", "refused"} else None), outcome
     if metric == "answer_tokens":
         return float(answer.tokens), None
