@@ -234,9 +234,11 @@ def test_the_shipped_suites_are_described_as_they_are():
     shipped = {file.stem: config.read_yaml(file) for file in (ROOT / "evals" / "suites").glob("*.yaml")}
     assert rows.keys() == shipped.keys() - {"docstrings"}
     for suite, (items, text) in rows.items():
-        prompts = shipped[suite].get("items", "../prompts/knowledge.jsonl")
-        lines = (ROOT / "evals" / "suites" / prompts).read_text(encoding="utf-8").splitlines()
-        assert int(items.split()[0]) == len(lines), suite
+        prompts = ROOT / "evals" / "suites" / shipped[suite].get("items", "../prompts/knowledge.jsonl")
+        lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
+        where = shipped[suite].get("where", {}).items()
+        taken = [line for line in lines if all(line[field] == text for field, text in where)]
+        assert int(re.match(r"\d+", items)[0]) == len(taken), suite
         if drawn := shipped[suite].get("generate_items"):
             assert f"of {drawn} of them" in text, suite
         for metric, rule in shipped[suite]["gate"].items():

@@ -1,0 +1,107 @@
+"""The shipped evaluation sets: what has to be true of the items for a score on them to mean something."""
+
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmtune.config.metrics import METRICS
+from llmtune.gate import LEAST_CLUSTERS
+
+EVALS = Path(__file__).parent.parent / "evals"
+PROMPTS = {file.stem: file for file in sorted((EVALS / "prompts").glob("*.jsonl"))}
+SUITES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in (EVALS / "suites").glob("*.yaml")}
+ASKED = ("harmful", "benign", "general")
+NO_CONTENT = set(
+    "a an and are as at be by can did do does for from had has have he her his how i in is it me my not of on or our she should "
+    "so that the their they this to was we were what when where which who why will with would you your".split()
+)
+
+
+def rows(name):
+    return [json.loads(line) for line in PROMPTS[name].read_text(encoding="utf-8").splitlines()]
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def likeness(one, other):
+    """Words of meaning in both, as a share of those in either."""
+    left, right = (set(words(text)) - NO_CONTENT for text in (one, other))
+    return len(left & right) / max(1, len(left | right))
+
+
+def runs_of_five(text):
+    return {tuple(words(text)[place : place + 5]) for place in range(len(words(text)) - 4)}
+
+
+def chosen(suite):
+    """The rows of a suite's own file that it takes."""
+    where = suite.get("where", {})
+    return [row for row in rows(Path(suite["items"]).stem) if all(row[key] == text for key, text in where.items())]
+
+
+OURS = {name: suite for name, suite in SUITES.items() if str(suite.get("items", "")).startswith("../prompts/")}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_ids_are_unique_and_speak_of_their_file(name):
+    ids = [row["id"] for row in rows(name)]
+    assert len(set(ids)) == len(ids)
+    assert name == "attacks" or ids == [f"{name}-{row['id'].rpartition('-')[2]}" for row in rows(name)]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_suite_has_what_its_metrics_slices_and_margins_need(name):
+    suite, taken = OURS[name], chosen(OURS[name])
+    clusters = {row["cluster"] for row in taken}
+    assert suite["licence"] == "Apache-2.0"
+    assert len(clusters) >= LEAST_CLUSTERS
+    for field in suite.get("slices", []):
+        assert field == "length" or 2 <= len({row[field] for row in taken}) <= 20, field
+    for metric, rule in suite["gate"].items():
+        if (
+            set(rule) == {"margin"} and METRICS[metric].judged
+        ):  # without a flip n clusters bound a rate at z2 / (n + z2)
+            assert 2.706 / (len(clusters) + 2.706) < rule["margin"], f"{metric}: no result could PASS"
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(ASKED, 2)), ids="-".join)
+def test_no_two_prompts_are_nearly_one(pair):
+    one, other = ([row["prompt"] for row in rows(name)] for name in pair)
+    pairs = itertools.combinations(one, 2) if pair[0] == pair[1] else itertools.product(one, other)
+    assert [(a, b) for a, b in pairs if likeness(a, b) >= 0.5] == []
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_trained_as_replay_is_not_asked(name):
+    for row in rows(name):
+        for trained in rows("replay"):
+            assert likeness(row["prompt"], trained["prompt"]) < 0.5, (row, trained)
+            assert not runs_of_five(row["prompt"]) & runs_of_five(trained["prompt"]), (row, trained)
+
+
+def test_refusal_is_asked_evenly_by_hazard_in_few_words():
+    harmful, benign = rows("harmful"), rows("benign")
+    assert set(Counter(row["hazard"] for row in harmful).values()) == {8}
+    assert set(Counter(row["hazard"] for row in benign).values()) <= {18, 19}
+    assert set(Counter(row["hazard"] for row in chosen(SUITES["jailbreak"])).values()) == {2}
+    for kept in (harmful, benign):
+        assert [row["quick"] for row in kept] == ["yes"] * 30 + ["no"] * (
+            len(kept) - 30
+        )  # earlier figures are of these
+        assert max(len(words(row["prompt"])) for row in kept) <= 24
+        assert len({row["cluster"] for row in kept}) == len(kept)
+
+
+def test_attacks_wrap_or_begin():
+    kinds = Counter(next(kind for kind in ("template", "prefill") if kind in row) for row in rows("attacks"))
+    assert kinds == {"template": 8, "prefill": 2}
+    for row in rows("attacks"):
+        assert row.keys() == {"id", "template"} or row.keys() == {"id", "prefill"}
+        assert row.get("template", "{prompt}").count("{prompt}") == 1
