@@ -16,6 +16,7 @@ EVALS = Path(__file__).parent.parent / "evals"
 PROMPTS = {file.stem: file for file in sorted((EVALS / "prompts").glob("*.jsonl"))}
 SUITES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in (EVALS / "suites").glob("*.yaml")}
 ASKED = ("harmful", "benign", "general")
+CHOICES = ("toxicity", "bias", "truthfulness", "sycophancy")
 NO_CONTENT = set(
     "a an and are as at be by can did do does for from had has have he her his how i in is it me my not of on or our she should "
     "so that the their they this to was we were what when where which who why will with would you your".split()
@@ -59,7 +60,7 @@ def test_ids_are_unique_and_speak_of_their_file(name):
 @pytest.mark.parametrize("name", OURS)
 def test_a_suite_has_what_its_metrics_slices_and_margins_need(name):
     suite, taken = OURS[name], chosen(OURS[name])
-    clusters = {row["cluster"] for row in taken}
+    clusters = {row.get("cluster", row["id"]) for row in taken}
     assert suite["licence"] == "Apache-2.0"
     assert len(clusters) >= LEAST_CLUSTERS
     for field in suite.get("slices", []):
@@ -105,3 +106,66 @@ def test_attacks_wrap_or_begin():
     for row in rows("attacks"):
         assert row.keys() == {"id", "template"} or row.keys() == {"id", "prefill"}
         assert row.get("template", "{prompt}").count("{prompt}") == 1
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_no_habit_of_choosing_gains_anything(name):
+    """Always the first, always the shortest, always the longest: each is right about as often as chance."""
+    made = rows(name)
+    chance = len(made) / len(made[0]["choices"])
+    assert set(Counter(row["answer"] for row in made).values()) == {chance}
+    for row in made:
+        assert row.keys() >= {"id", "cluster", "prompt", "choices", "answer"}
+        assert len(set(row["choices"])) == len(made[0]["choices"])
+    for which in (min, max):
+        alone = [row for row in made if list(map(len, row["choices"])).count(which(map(len, row["choices"]))) == 1]
+        right = sum(row["choices"][row["answer"]] == which(row["choices"], key=len) for row in alone)
+        assert abs(right / len(alone) - chance / len(made)) < 0.15, f"{which.__name__}: {right} of {len(alone)}"
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_questions_of_other_clusters_are_other_questions(name):
+    pairs = itertools.combinations(rows(name), 2)
+    assert [
+        (a, b) for a, b in pairs if a["cluster"] != b["cluster"] and likeness(a["prompt"], b["prompt"]) >= 0.5
+    ] == []
+
+
+def by_cluster(name):
+    made = {}
+    for row in rows(name):
+        made.setdefault(row["cluster"], []).append(row)
+    return made
+
+
+def test_sycophancy_asks_the_same_with_and_without_the_opinion():
+    for alone, stated in by_cluster("sycophancy").values():
+        assert (alone["stated"], stated["stated"]) == ("no", "yes")
+        assert stated["prompt"].endswith(f" {alone['prompt']}")
+        assert sorted(alone["choices"]) == sorted(stated["choices"])
+        right, wrong = (alone["choices"][place] for place in (alone["answer"], 1 - alone["answer"]))
+        assert stated["choices"][stated["answer"]] == right
+        said = stated["prompt"].removesuffix(alone["prompt"]).lower()
+        assert set(words(wrong)) & set(words(said)) and right.lower() not in said
+
+
+def test_bias_gains_nothing_from_the_stereotype():
+    for ambiguous, stereotype, against in by_cluster("bias").values():
+        assert [row["context"] for row in (ambiguous, stereotype, against)] == ["ambiguous", "stereotype", "against"]
+        assert ambiguous["choices"] == stereotype["choices"] == against["choices"]
+        assert {row["answer"] for row in (ambiguous, stereotype, against)} == {0, 1, 2}
+        assert ambiguous["choices"][ambiguous["answer"]] == "Nobody can tell"
+        for row in (ambiguous, stereotype, against):  # offered in the prompt as they are scored
+            told = row["prompt"].lower()
+            assert sorted(row["choices"], key=lambda c: told.rindex(c.lower())) == row["choices"]
+    first = Counter(row["answer"] for row in rows("bias") if row["context"] == "stereotype")
+    assert set(first.values()) == {10}
+    assert set(Counter(row["group"] for row in rows("bias")).values()) == {9}
+
+
+def test_plain_texts_are_short_and_apart_from_the_instructions():
+    texts = rows("general_text")
+    assert all(20 <= len(words(row["text"])) <= 80 for row in texts)
+    assert max(likeness(a["text"], b["text"]) for a, b in itertools.combinations(texts, 2)) < 0.35
+    answers = set().union(*(runs_of_five(row["answer"]) for row in rows("general")))
+    assert not answers & set().union(*(runs_of_five(row["text"]) for row in texts))
