@@ -70,6 +70,20 @@ def tango_over_clusters(
     return spread * low, spread * high
 
 
+def wilson_interval(events: float, n: float, confidence: float) -> tuple[float, float]:
+    """Score interval for a proportion, events / n, within [0, 1].
+
+    Both may be fractional (an effective number of trials). Raises ValueError unless 0 <= events <= n, n > 0 and confidence is
+    in (0, 1). Source: Wilson 1927, JASA 22:209-212.
+    """
+    if not (0 <= events <= n * (1 + 1e-9) and n > 0):
+        raise ValueError(f"needs 0 <= events <= n and n > 0, got events={events} and n={n}")
+    z, share = _two_sided_z(confidence), min(1.0, events / n)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def mcnemar_midp(b: int, c: int) -> float:
     """One-sided mid-p value against "b is not the likelier direction": small when b outnumbers c.
 

@@ -1,14 +1,18 @@
 """Judges: one judgement a case whatever comes, and nothing loaded before it is asked for."""
 
+import csv
 import json
 import math
+import random
 
 import pytest
 
+from llmtune import cli
 from llmtune.config.judges import JudgeConfig
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, DataError
 from llmtune.evaluate import judges
-from llmtune.evaluate.judges import Case, Judgement, openers, pattern
+from llmtune.evaluate.judges import Case, Judgement, labelled, openers, pattern
+from llmtune.evaluate.judges.validate import validate
 
 
 def outcomes(judge, *cases):
@@ -92,5 +96,161 @@ def test_a_card_belongs_to_one_version(tmp_path):
         judges.card(config)
 
 
-def test_a_judge_without_a_card_has_none():
+def test_the_default_judge_ships_its_card_and_openers_have_none():
+    card = judges.card(JudgeConfig())
+    assert card["judge"] == {"id": pattern.RefusalPattern.id, "version": pattern.RefusalPattern.version}
+    assert card["set"] == "xstest_human" and card["n"] == 2250 and len(card["by_source"]) == 5
+    assert card["sensitivity"]["value"] + card["specificity"]["value"] - 1 > 0.5
+    assert card["accuracy"]["low"] < card["accuracy"]["value"] < card["accuracy"]["high"]
     assert judges.card(JudgeConfig(kind="openers")) is None
+
+
+class Scripted:
+    """Says of each response what stands behind its last space; `harm=0.7` is a judgement of harm."""
+
+    id, version = "scripted", "1"
+
+    def judge(self, cases):
+        def one(case):
+            word = case.response.rpartition(" ")[2]
+            return Judgement("complied", harm=float(word[5:])) if word.startswith("harm=") else Judgement(word)
+
+        return judges.one_by_one(one, cases)
+
+
+def rows(folder, *entries, name="mine.jsonl"):
+    """(prompt, what the judge says, label, source) -> a file of one's own."""
+    keys = ("prompt", "response", "label", "source")
+    file = folder / name
+    file.write_text("".join(json.dumps(dict(zip(keys, entry, strict=False))) + "\n" for entry in entries))
+    return str(file)
+
+
+def test_the_figures_of_a_card_are_those_of_scipy_and_of_hand(tmp_path):
+    """8 true and 2 false positives, 1 false negative by `complied`, 1 by `unscored`, 7 true negatives, 1 `incoherent` one."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    said = [("refused", "refused")] * 5 + [("partial", "partial")] * 3 + [("refused", "complied")] * 2
+    said += (
+        [("complied", "refused"), ("unscored", "refused")]
+        + [("complied", "complied")] * 7
+        + [("incoherent", "complied")]
+    )
+    file = rows(tmp_path, *((f"p{i}", f"an answer: {word}", label) for i, (word, label) in enumerate(said)))
+    card = validate(Scripted(), labelled.load(file, None))
+    assert card["confusion"] == {"tp": 8, "fn": 2, "tn": 7, "fp": 3}
+    assert (card["n"], card["unscored"], card["incoherent"], card["positive"]) == (20, 1, 1, "refused")
+    for name, events, n in (("accuracy", 15, 20), ("sensitivity", 8, 10), ("specificity", 7, 10)):
+        low, high = proportion_confint(events, n, 0.05, "wilson")
+        assert card[name] == {"value": events / n, "low": round(low, 4), "high": round(high, 4)}
+    assert card["kappa"]["value"] == 0.5  # (15/20 - 1/2) / (1 - 1/2)
+    assert card["kappa"]["low"] < 0.5 < card["kappa"]["high"]
+    assert card["by_source"] == {}
+
+
+def test_answers_to_one_prompt_count_together(tmp_path):
+    """Five models that are right or wrong together on 40 prompts are 40 observations and not 200."""
+    random.seed(0)
+    prompts = [(f"p{i}", random.choice(["refused", "complied"]), random.random() < 0.8) for i in range(40)]
+    other = {"refused": "complied", "complied": "refused"}
+    entries = [
+        (p, f"x {label if right else other[label]}", label, f"m{m}") for p, label, right in prompts for m in range(5)
+    ]
+    card = validate(Scripted(), labelled.load(rows(tmp_path, *entries), None))
+    one = card["by_source"]["m0"]["accuracy"]
+    assert (card["n"], card["prompts"], len(card["by_source"])) == (200, 40, 5)
+    assert one["value"] == card["accuracy"]["value"]
+    widths = [figure["high"] - figure["low"] for figure in (card["accuracy"], one)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.15)
+
+
+def test_a_perfect_judge_has_no_interval_of_width_zero(tmp_path):
+    entries = [
+        (f"p{i % 10}", f"x {label}", label, f"m{i // 10}") for i in range(20) for label in ["refused", "complied"]
+    ]
+    card = validate(Scripted(), labelled.load(rows(tmp_path, *entries), None))
+    assert card["accuracy"]["value"] == card["accuracy"]["high"] == 1.0 and card["accuracy"]["low"] < 0.75
+
+
+def test_labels_of_harm_ask_a_judge_that_knows_harm_for_harm(tmp_path):
+    harmful = [("a", "x harm=0.9", "harmful"), ("b", "x harm=0.2", "harmless"), ("c", "x harm=0.6", "harmless")]
+    card = validate(Scripted(), labelled.load(rows(tmp_path, *harmful), None))
+    assert (card["positive"], card["confusion"]) == ("harmful", {"tp": 1, "fn": 0, "tn": 1, "fp": 1})
+    unknown = [*harmful, ("d", "x refused", "harmless")]  # no word on harm where others have one: counted as wrong
+    assert validate(Scripted(), labelled.load(rows(tmp_path, *unknown), None))["confusion"]["fp"] == 2
+    blind = [("a", "x complied", "harmful"), ("b", "x refused", "harmless"), ("c", "x complied", "harmless")]
+    card = validate(Scripted(), labelled.load(rows(tmp_path, *blind), None))
+    assert (card["positive"], card["confusion"]) == ("refused", {"tp": 1, "fn": 1, "tn": 1, "fp": 0})
+
+
+def test_bad_labels_are_named_together(tmp_path):
+    file = rows(tmp_path, ("p", "r", "refusd"), ("p", 1, "refused"), ("p", "r", "refused"), ("p", "r", "harmful"))
+    with pytest.raises(DataError) as caught:
+        labelled.load(file, None)
+    assert "mine.jsonl:1: unknown label 'refusd'; did you mean 'refused'?" in str(caught.value)
+    assert "mine.jsonl:2: needs the texts" in str(caught.value) and "two questions" in str(caught.value)
+    with pytest.raises(DataError, match=r"every label says the same \(refused: True\)"):
+        validate(Scripted(), labelled.load(rows(tmp_path, ("p", "r", "refused")), None))
+
+
+def test_sets_are_read_as_they_are_published(tmp_path):
+    folder = tmp_path / "model_completions"
+    folder.mkdir()
+    lines = [["p1", "I cannot do that.", "2_full_refusal"], ["p2", "Here it is, as you asked.", "1_full_compliance"]]
+    for name in (
+        "model_completions/xstest_v2_completions_gpt4.csv",
+        "completions_mistral.csv",
+        "xstest_v2_completions_gpt4_gpteval.csv",
+    ):
+        with (tmp_path / name).open("w", newline="") as stream:
+            csv.writer(stream).writerows([["prompt", "completion", "final_label"], *lines])
+    found = labelled.load("xstest_human", tmp_path)
+    assert sorted({answer.source for answer in found.answers}) == ["gpt4", "mistral"]
+    assert [answer.positive for answer in found.answers] == [True, False] * 2
+    attack = {
+        "parameters": {"model": "m", "method": "PAIR"},
+        "jailbreaks": [
+            {"goal": "g", "prompt": "please g", "response": "Sure.", "jailbroken": True},
+            {"goal": "h", "prompt": "please h", "response": None, "jailbroken": False},
+        ],
+    }
+    for name in ("attack-artifacts/PAIR/m.json", "artifacts/test-artifact/m.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps(attack))
+    (tmp_path / "attack-artifacts" / "attack-info.json").write_text("{}")
+    found = labelled.load("jbb_artifacts", tmp_path)
+    (answer,) = found.answers
+    assert (answer.case.prompt, answer.source, answer.positive, found.left_out) == ("g", "PAIR, m", True, 1)
+
+
+def test_sets_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'xstest_human'"):
+        labelled.load("xstest_humans", tmp_path)
+    with pytest.raises(ConfigError, match=r"github\.com/paul-rottger/exaggerated-safety"):
+        labelled.load("xstest_human", None)
+    with pytest.raises(ConfigError, match="holds no answers of jbb_artifacts"):
+        labelled.load("jbb_artifacts", tmp_path)
+    with pytest.raises(ConfigError, match="has no effect with a file of your own"):
+        labelled.load("mine.jsonl", tmp_path)
+
+
+def test_judge_validate_prints_and_writes_a_card(tmp_path, capsys):
+    file = rows(tmp_path, ("p", "I'm sorry, I can't.", "refused"), ("q", "Sure, take the first road.", "complied"))
+    card = tmp_path / "cards" / "card.json"
+    words = ["judge", "validate", "--set", file, "--output", str(card)]
+    assert cli.main(words) == 0
+    assert "refusal_pattern" in (text := capsys.readouterr().out) and "1.000 [0.342, 1.000]" in text
+    assert cli.main([*words, "--json"]) == 0  # an older card is replaced
+    assert json.loads(capsys.readouterr().out) == json.loads(card.read_text())
+    section = tmp_path / "judge.yaml"
+    section.write_text(f"kind: refusal_pattern\ncard: {card}\n")
+    assert cli.main([*words, "--judge", str(section)]) == 0
+    assert judges.load(JudgeConfig(card=str(card)), "run.yaml").version == pattern.RefusalPattern.version
+    capsys.readouterr()
+    for more, told in (
+        (["--judge", "refusal"], "there is no judge 'refusal'; did you mean 'refusal_pattern'?"),
+        (["--judge", "openers"], "judges by what the model itself found likely"),
+        (["--output", file], "is no card of a judge"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert told in capsys.readouterr().err

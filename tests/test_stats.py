@@ -307,3 +307,13 @@ def test_items_needed_for_a_score_interval_give_their_power(discordance, margin)
     assert 0.77 <= power(stats.items_needed(discordance, margin, spread=1)) <= 0.87
     if discordance <= margin:
         assert power(stats.items_needed(discordance, margin)) < 0.6
+
+
+@pytest.mark.parametrize(("events", "n"), [(0, 10), (10, 10), (3, 7), (915, 2250)])
+def test_wilson_is_that_of_statsmodels(events, n):
+    from statsmodels.stats.proportion import proportion_confint
+
+    expected = proportion_confint(events, n, 0.05, "wilson")
+    assert stats.wilson_interval(events, n, 0.95) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError):
+        stats.wilson_interval(n + 1, n, 0.95)

@@ -113,9 +113,11 @@ OVERRIDES = _argument(
 PROCESSES = _argument(
     "--processes", type=_positive, metavar="N", help="train in N processes on this machine: one a GPU, or on the CPU"
 )
-COMPUTING = {"quickstart", "sft", "verify", "evaluate", "merge", "chat"}
+COMPUTING = {"quickstart", "sft", "verify", "evaluate", "merge", "chat", "validate"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
 JSON = _argument("--json", action="store_true", help="print the result as JSON")
+
+GROUPS = {"data": "look at rows before anything is trained", "judge": "measure who judges answers"}
 
 VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "quickstart": (
@@ -216,6 +218,33 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             JSON,
         ],
     ),
+    "judge validate": (
+        "judges:validate",
+        "measure a judge against labels that people gave, and write its card",
+        [
+            _argument(
+                "--judge",
+                default="refusal_pattern",
+                metavar="FILE.yaml",
+                help="the keys of a 'judge' section, or a kind that needs none; default: refusal_pattern",
+            ),
+            _argument(
+                "--set",
+                required=True,
+                metavar="SET",
+                help="xstest_human or jbb_artifacts, or a .jsonl file with prompt, response, label and source",
+            ),
+            _argument("--data", type=Path, metavar="DIR", help="a copy of what the set is published in"),
+            _argument(
+                "--output",
+                type=Path,
+                default=Path("judge_card.json"),
+                metavar="FILE",
+                help="where the card goes; default: judge_card.json",
+            ),
+            JSON,
+        ],
+    ),
     "merge": (
         "deploy:merge",
         "the adapter into its base, with proof that nothing changed",
@@ -285,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (function, text, arguments) in VERBS.items():
         group, _, leaf = name.rpartition(" ")
         if group and group not in groups:
-            about = verbs.add_parser(group, help="look at rows before anything is trained", allow_abbrev=False)
+            about = verbs.add_parser(group, help=GROUPS[group], allow_abbrev=False)
             groups[group] = about.add_subparsers(metavar="COMMAND", required=True)
         made = groups.get(group, verbs).add_parser(leaf, help=text, description=text, allow_abbrev=False)
         made.set_defaults(run=f"llmtune.cli.{function}")
