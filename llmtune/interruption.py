@@ -20,9 +20,15 @@ SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SI
 
 
 class Interruption:
-    """`with Interruption() as stop:` leaves its block at once on a signal: by Preempted, or by KeyboardInterrupt after Ctrl-C."""
+    """`with Interruption() as stop:` leaves its block at once on a signal: by Preempted, or by KeyboardInterrupt after Ctrl-C.
 
-    def __init__(self) -> None:
+    said: what the user is told of what is there to go on from.
+    """
+
+    def __init__(
+        self, said: str = "stopped; there was nothing new to save, and the same command starts from where it did"
+    ) -> None:
+        self.said = said
         self.received: int | None = None
         self._gently = False
         self._before: dict[int, Any] = {}
@@ -58,8 +64,7 @@ class Interruption:
     def check(self) -> None:
         """Raise Stopped after a signal."""
         if self.received is not None:
-            text = "stopped; there was nothing new to save, and the same command starts from where it did"
-            raise Stopped(text, INTERRUPTED_EXIT if self.received == signal.SIGINT else Preempted.exit_code)
+            raise Stopped(self.said, INTERRUPTED_EXIT if self.received == signal.SIGINT else Preempted.exit_code)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -111,9 +111,9 @@ OVERRIDES = _argument(
     "overrides", nargs="*", metavar="key.sub=value", default=[], help="settings that replace those of the file"
 )
 PROCESSES = _argument(
-    "--processes", type=_positive, metavar="N", help="train in N processes on this machine: one a GPU, or on the CPU"
+    "--processes", type=_positive, metavar="N", help="in N processes on this machine: one a GPU, or on the CPU"
 )
-COMPUTING = {"quickstart", "sft", "verify", "evaluate", "merge", "chat", "validate"}
+COMPUTING = {"quickstart", "sft", "verify", "evaluate", "compare", "merge", "chat", "validate"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
 JSON = _argument("--json", action="store_true", help="print the result as JSON")
 
@@ -202,7 +202,26 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             _argument("--steps", type=_positive, default=6, metavar="N", help="how many steps; default: 6"),
         ],
     ),
-    "eval": ("judge:evaluate", "base and tuned on the same items, in one process", [CONFIG, OVERRIDES]),
+    "eval": ("judge:evaluate", "base and tuned on the same items", [CONFIG, OVERRIDES, PROCESSES]),
+    "compare": (
+        "judge:compare",
+        "any two models on the same items, and the verdict: may the second replace the first?",
+        [
+            _argument(
+                "models",
+                nargs=2,
+                metavar="MODEL",
+                help="a run, an adapter, a folder, ./file.gguf, org/name@revision, package:PKG/file.gguf, or http://host:port/v1#model",
+            ),
+            OVERRIDES,
+            _argument("--suites", required=True, metavar="A,B", help="names of shipped suites, or paths of your own"),
+            _argument(
+                "--output", type=Path, required=True, metavar="DIR", help="for compare.yaml, scores/ and verdict/"
+            ),
+            PROCESSES,
+            JSON,
+        ],
+    ),
     "gate": (
         "judge:gate",
         "PASS, FAIL or INCONCLUSIVE, from scores and margins",

@@ -1,39 +1,74 @@
-"""`llmtune eval`, `llmtune gate` and `llmtune report`: measure, decide, show."""
+"""`llmtune eval`, `llmtune compare`, `llmtune gate` and `llmtune report`: measure, decide, show."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from llmtune import config
+import yaml
+
+from llmtune import artifact, config, ranks
+from llmtune.cli import launch
 from llmtune.errors import VERDICT_EXIT, ArtifactError, ConfigError
+from llmtune.interruption import Interruption
 from llmtune.progress import say
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides, "eval")
-    from llmtune.evaluate import arms
-
-    made = arms.run(settings, arguments.config)
-    say(f"\nnext: llmtune gate {made.path}")
-    print(made.path)
+    output = Path(settings.output_dir or f"{settings.run}/scores")
+    if arguments.processes and arguments.processes > 1:
+        words = ["eval", str(arguments.config), *arguments.overrides]
+        return launch.run(arguments.processes, words + ["--debug"] * arguments.debug, output.parent)
+    made = _measured(settings, arguments.config, output)
+    if ranks.rank() == 0:
+        say(f"\nnext: llmtune gate {made}")
+        print(made)
     return 0
 
 
-def gate(arguments: argparse.Namespace) -> int:
-    from llmtune import gate as gates
+def _measured(settings: Any, place: Path, output: Path) -> Path:
+    with ranks.telling(output.parent), Interruption("stopped; the same command goes on with the batch it was at"):
+        from llmtune.evaluate import arms
 
+        return arms.run(settings, place).path
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Any two models: measure, decide, and leave the run file that does it again."""
+    output = arguments.output.resolve()
+    first, second = (str(Path(name).resolve()) if Path(name).exists() else name for name in arguments.models)
+    suites = [str(Path(name).resolve()) if Path(name).is_file() else name for name in arguments.suites.split(",")]
+    raw = {"stage": "eval", "base": first, "tuned": second, "output_dir": str(output / "scores"), "suites": suites}
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "compare.yaml"
+    text = "# llmtune compare: what was compared, to run again with 'llmtune eval'\n"
+    artifact.write_atomically(file, text + yaml.safe_dump(raw, sort_keys=False))
+    settings = config.load(file, arguments.overrides, "eval")
+    if arguments.processes and arguments.processes > 1:
+        if code := launch.run(arguments.processes, ["eval", str(file), *arguments.overrides], output):
+            return code
+    else:
+        _measured(settings, file, output / "scores")
+    return _decided(output / "scores", {}, as_json=arguments.json)
+
+
+def gate(arguments: argparse.Namespace) -> int:
     folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
     if folder == arguments.scores and any((folder / step).is_dir() for step in ("adapter", "model")):
         raise ArtifactError(f"{folder}: holds no scores; 'llmtune eval' makes them")
-    made = gates.run(folder, margins=_margins(arguments.margin))
+    return _decided(folder, _margins(arguments.margin), as_json=arguments.json)
+
+
+def _decided(folder: Path, margins: dict[str, float], *, as_json: bool) -> int:
+    from llmtune import gate as gates
+
+    made = gates.run(folder, margins=margins)
     verdict = gates.read(made)
-    sys.stdout.write(
-        (made.path / "verdict.json").read_text(encoding="utf-8") + "\n"
-        if arguments.json
-        else gates.render_text(verdict) + "\n"
-    )
+    text = (made.path / gates.FILE).read_text(encoding="utf-8") if as_json else gates.render_text(verdict)
+    sys.stdout.write(text + "\n")
     return VERDICT_EXIT[verdict.verdict]
 
 
@@ -54,6 +89,3 @@ def _margins(given: list[str]) -> dict[str, float]:
         except ValueError:
             raise ConfigError("--margin", f"{entry!r} is not SUITE.METRIC=NUMBER, such as general.loss=0.1") from None
     return margins
-
-
-__all__ = ["Path", "evaluate", "gate", "report"]

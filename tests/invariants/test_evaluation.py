@@ -14,7 +14,8 @@ from llmtune import artifact, config, gate, scores
 from llmtune.data.chats import load_chats
 from llmtune.data.tokens import TokenRow, encode_chat, encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, ProofError
-from llmtune.evaluate import arms
+from llmtune.evaluate import arms, suites
+from llmtune.evaluate.observations import Store
 from llmtune.export import merge
 from llmtune.model import infer, load
 from llmtune.stages import sft
@@ -72,7 +73,7 @@ def test_the_base_arm_is_the_base_freshly_loaded(tuned: Path, tiny_folder: Path)
     records = scores.read(made.path / scores.FILE)
     source = load.find(str(tiny_folder))
     tokenizer, model = load.load_tokenizer(source), load.load_model(source, "float32")
-    for index, chat in enumerate(load_chats(str(tuned / "items.jsonl"), columns=arms.ITEM_COLUMNS, training=False)):
+    for index, chat in enumerate(load_chats(str(tuned / "items.jsonl"), columns=suites.ITEM_COLUMNS, training=False)):
         row, prompt = encode_chat(tokenizer, chat.turns), encode_prompt(tokenizer, chat.prompt)
         expected = infer.token_losses(model, [TokenRow(row.input_ids, row.labels)], tokenizer.pad_token_id)[0]
         said = infer.generate(model, tokenizer, [prompt], 6, 1)[0].text
@@ -89,24 +90,32 @@ def test_the_base_arm_is_the_base_freshly_loaded(tuned: Path, tiny_folder: Path)
     assert verdict.subject["sha256"] == artifact.read(tuned / "run" / "adapter").sha256
 
 
-def test_an_evaluation_goes_on_where_it_was(tuned: Path, monkeypatch) -> None:
-    whole = scores.read(evaluate(tuned).path / scores.FILE)
-    measure, calls = arms._measure, []
+def numbers(made: artifact.Artifact) -> list[tuple[object, ...]]:
+    records = scores.read(made.path / scores.FILE)
+    return [(r.arm, r.metric, r.item_id, r.value, r.response, r.prompt_sha256) for r in records]
 
-    def interrupted(subject, arm, suite, batch):
-        calls.append(arm.name)
-        if arm.tuned and len(calls) == 2:
+
+def test_an_evaluation_goes_on_with_the_batch_it_was_at(tuned: Path, monkeypatch) -> None:
+    whole = numbers(evaluate(tuned))
+    put, kept = Store.put, []
+
+    def killed(store, unit, observed):
+        if len(kept) == 8:  # in the tuned arm: base has one unit of losses and five of answers
             raise KeyboardInterrupt
-        return measure(subject, arm, suite, batch)
+        kept.append(unit)
+        put(store, unit, observed)
 
-    monkeypatch.setattr(arms, "_measure", interrupted)
+    monkeypatch.setattr(Store, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tuned)
-    again = scores.read(evaluate(tuned).path / scores.FILE)
-    assert calls == ["base", "tuned", "tuned"]
-    assert [(r.arm, r.metric, r.item_id, r.value) for r in again] == [
-        (r.arm, r.metric, r.item_id, r.value) for r in whole
-    ]
+    (left,) = (tuned / "run" / ".scores-parts").iterdir()
+    text = left.read_text(encoding="utf-8")
+    left.write_text(text[:-100], encoding="utf-8")  # and the last line was cut short
+    monkeypatch.setattr(Store, "put", lambda *given: (kept.append(given[1]), put(*given)))
+    assert numbers(evaluate(tuned)) == whole
+    assert len(kept) == 8 + 5
+    assert len(set(kept)) == 12, "only the unit that was cut short was done twice"
+    assert not (tuned / "run" / ".scores-parts").exists()
 
 
 def test_an_adapter_without_effect_is_noticed(tuned: Path, tmp_path: Path) -> None:
