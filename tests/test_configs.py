@@ -1,5 +1,6 @@
 """Every file that ships is valid, names files that ship too, and is found by the one finder of shipped files."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -14,12 +15,14 @@ from llmtune import cli, config
 from llmtune.config.data import ColumnMap
 from llmtune.config.eval import SuiteConfig
 from llmtune.data.chats import FORMATS
+from llmtune.data.rows import HUB_ID
 from llmtune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name in config.STAGES)
 ACCELERATE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 SUITES = sorted((ROOT / "evals" / "suites").glob("*.yaml"))
+LM_EVAL = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
 YOURS = {"data", "runs", "train.jsonl", "validation.jsonl"}  # what lies beside a run file and is not shipped
 
 
@@ -59,9 +62,10 @@ def test_suites(file):
     assert suite.gate
     if suite.items is not None:
         beside_its_rows = file.stem == "docstrings"  # the quickstart copies it to the rows it makes
-        assert beside_its_rows or Path(suite.items).is_file()
+        assert beside_its_rows or HUB_ID.match(suite.items) or Path(suite.items).is_file()
     for task in suite.lm_eval:
-        assert (ROOT / "evals" / "tasks" / f"{task}.yaml").is_file()
+        theirs = (f"\ntask: {task}\n" in known.read_text() for known in LM_EVAL.glob(f"*/{task[:4]}*.yaml"))
+        assert (ROOT / "evals" / "tasks" / f"{task}.yaml").is_file() or any(theirs)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "evals" / "tasks").glob("*.yaml")), ids=name)

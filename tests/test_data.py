@@ -400,6 +400,22 @@ def test_no_file_a_folder_and_the_hub_offline(tmp_path):
     assert caught.value.exit_code == 1
 
 
+def test_a_hub_dataset_in_several_configurations(tmp_path, monkeypatch):
+    """`datasets` reads a folder of that name as it reads the hub."""
+    folder = tmp_path / "org" / "rows"
+    folder.mkdir(parents=True)
+    for name in ("easy", "hard"):
+        (folder / f"{name}.csv").write_text(f"prompt,completion\n{name}?,yes\n")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: [{{split: test, path: {name}.csv}}]\n" for name in ("easy", "hard")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)
+    assert chats("org/rows:hard/test")[0].turns[0]["content"] == "hard?"
+    with pytest.raises(DataError, match=r"(?s)cannot be read from the hub: .*'easy', 'hard'"):
+        chats("org/rows:test")
+
+
 def test_json_that_nests_without_end(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     assert "is not JSON" in problems(str(tmp_path / "deep.jsonl"))[0]

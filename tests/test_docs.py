@@ -229,21 +229,46 @@ def test_every_option_and_metric_is_documented():
     assert {cells[0].strip("`") for cells in table(DOCS / "eval.md", "metric")} == METRICS.keys()
 
 
+SUITES = {file.stem: config.read_yaml(file) for file in (ROOT / "evals" / "suites").glob("*.yaml")}
+PUBLISHED = {  # their items are not shipped
+    name: suite
+    for name, suite in SUITES.items()
+    if not str(suite.get("items", ".")).startswith(".")
+    or (suite.get("lm_eval", []) and not (ROOT / "evals" / "tasks" / f"{suite['lm_eval'][0]}.yaml").is_file())
+}
+
+
+def has_the_rules(suite, text):
+    for metric, rule in SUITES[suite]["gate"].items():
+        assert f"`{metric}`" in text, suite
+        assert f"{rule['margin']:.2f}" in text or f"than {rule['margin']:g}" in text, suite
+
+
 def test_the_shipped_suites_are_described_as_they_are():
     rows = {cells[0].strip("`"): cells[1:] for cells in table(DOCS / "eval.md", "suite")}
-    shipped = {file.stem: config.read_yaml(file) for file in (ROOT / "evals" / "suites").glob("*.yaml")}
-    assert rows.keys() == shipped.keys() - {"docstrings"}
+    assert rows.keys() == SUITES.keys() - PUBLISHED.keys() - {"docstrings"}
     for suite, (items, text) in rows.items():
-        prompts = ROOT / "evals" / "suites" / shipped[suite].get("items", "../prompts/knowledge.jsonl")
+        prompts = ROOT / "evals" / "suites" / SUITES[suite].get("items", "../prompts/knowledge.jsonl")
         lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
-        where = shipped[suite].get("where", {}).items()
+        where = SUITES[suite].get("where", {}).items()
         taken = [line for line in lines if all(line[field] == text for field, text in where)]
         assert int(re.match(r"\d+", items)[0]) == len(taken), suite
-        if drawn := shipped[suite].get("generate_items"):
+        if drawn := SUITES[suite].get("generate_items"):
             assert f"of {drawn} of them" in text, suite
-        for metric, rule in shipped[suite]["gate"].items():
-            assert f"`{metric}`" in text
-            assert f"{rule['margin']:.2f}" in text or f"than {rule['margin']:g}" in text
+        has_the_rules(suite, text)
+
+
+def test_the_suites_on_published_sets_are_described_as_they_are():
+    rows = {cells[0].strip("`"): cells[1:] for cells in table(DOCS / "eval.md", "published suite")}
+    assert rows.keys() == PUBLISHED.keys()
+    for suite, (items, licence, columns, text) in rows.items():
+        shipped = SUITES[suite]
+        assert f"`{shipped.get('items') or shipped['lm_eval'][0]}`" in items
+        assert shipped["licence"].startswith(licence)
+        assert str(shipped.get("limit", "")) in items
+        named = shipped.get("columns", {}).get("user", []) + list(shipped.get("where", {})) + shipped.get("slices", [])
+        assert columns == "as above" or all(f"`{column}`" in columns for column in named)
+        has_the_rules(suite, text)
 
 
 def test_python_calls_what_there_is():

@@ -1,7 +1,9 @@
 """The shipped evaluation sets: what has to be true of the items for a score on them to mean something."""
 
+import csv
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 import yaml
 
 from llmtune.config.metrics import METRICS
+from llmtune.data.rows import HUB_ID
+from llmtune.evaluate.suites import load_suite
 from llmtune.gate import LEAST_CLUSTERS
 
+DATA = Path(os.environ.get("LLMTUNE_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
 EVALS = Path(__file__).parent.parent / "evals"
 PROMPTS = {file.stem: file for file in sorted((EVALS / "prompts").glob("*.jsonl"))}
 SUITES = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in (EVALS / "suites").glob("*.yaml")}
@@ -169,3 +174,46 @@ def test_plain_texts_are_short_and_apart_from_the_instructions():
     assert max(likeness(a["text"], b["text"]) for a, b in itertools.combinations(texts, 2)) < 0.35
     answers = set().union(*(runs_of_five(row["answer"]) for row in rows("general")))
     assert not answers & set().union(*(runs_of_five(row["text"]) for row in texts))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_reader_of_suites_takes_them(name):
+    suite = load_suite(name, EVALS)
+    assert len(suite.items) == len(chosen(OURS[name])) * (len(rows("attacks")) if "attacks" in OURS[name] else 1)
+    assert {item.hidden for item in suite.items} == {OURS[name].get("hidden", False)}
+
+
+PUBLISHED = {name: suite for name, suite in SUITES.items() if HUB_ID.match(str(suite.get("items", "")).lstrip("."))}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_set_is_read_from_a_file_with_its_columns(name, tmp_path):
+    suite = PUBLISHED[name]
+    fixed, asked = suite.get("where", {}), suite.get("columns", {}).get("user", ["prompt"])
+    columns = [*asked, *fixed, *suite.get("slices", []), *([suite["cluster"]] if "cluster" in suite else [])]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({column: fixed.get(column, f"{column} {n}") for column in columns} for n in range(30))
+        writer.writerow({column: "other" if column in fixed else "one more" for column in columns})
+    items = load_suite(name, tmp_path, {name: str(tmp_path / "rows.csv")}).items
+    assert len(items) == (30 if fixed else 31)
+    assert len({item.cluster_id for item in items}) == len(items)
+    assert items[0].prompt == f"{asked[0]} 0"
+    assert items[0].slices.keys() == set(suite["slices"])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "items", "clusters"),
+    [
+        ("xstest", "xstest/xstest_prompts.csv", 250, 196),
+        ("xstest_unsafe", "xstest/xstest_prompts.csv", 200, 168),
+        ("jbb", "jailbreakbench/jailbreakbench.csv", 100, 100),
+    ],
+)
+def test_the_published_sets_that_are_here(name, file, items, clusters):
+    if not (DATA / file).is_file():
+        pytest.skip("the public test data is not here")
+    suite = load_suite(name, EVALS, {name: str(DATA / file)})
+    assert (len(suite.items), len({item.cluster_id for item in suite.items})) == (items, clusters)
+    assert not any(item.reference for item in suite.items)

@@ -15,7 +15,9 @@ from llmtune.artifact import sha256_file
 from llmtune.config import DATA_FILES
 from llmtune.errors import DataError, LlmtuneError
 
-HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w\[\]%:]+))?$")
+HUB_ID = re.compile(
+    r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:((?P<config>[\w.-]+)/)?(?P<split>[\w\[\]%:]+))?$"
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Row:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """Every row of a `.json`, `.jsonl`, `.csv` or `.parquet` file, or of a hub dataset `org/name@revision:split`.
+    """Every row of a `.json`, `.jsonl`, `.csv` or `.parquet` file, or of a hub dataset `org/name@revision:split`
+    (`:config/split` where it comes in several).
 
     Streams, except for `.json`, which is one document. Raises DataError for a missing, empty or malformed file; a
     malformed line is named by its number.
@@ -142,7 +145,7 @@ def _hub(source: str) -> Iterator[Row]:
 
     try:
         rows = datasets.load_dataset(
-            match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True
+            match["id"], match["config"], revision=match["revision"], split=match["split"] or "train", streaming=True
         )
         yield from (Row(f"{source} row {number}", row) for number, row in enumerate(rows, 1))
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
