@@ -266,10 +266,11 @@ def _run_file(folder: Path, stage: str, *, smoke: bool) -> Path:
 
 def _tell(folder: Path, verdict: Artifact, merged: Artifact) -> None:
     from llmtune import gate
+    from llmtune.verdict import render_text
 
     proof = merged.manifest["proof"]
     run = _short(folder)
-    say("\n" + gate.render_text(gate.read(verdict)))
+    say("\n" + render_text(gate.read(verdict)))
     say(
         f"merge: proven, float32 logits differ by {proof['algebra']['max_logit_difference']:.1e}; stored in {proof['dtype']}, "
         f"{proof['storage']['ratio']:.2f} x the noise of that dtype (at most 1.5)"

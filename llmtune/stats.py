@@ -1,6 +1,6 @@
-"""Bounds and tests for paired comparisons: two models, the same items.
+"""Bounds and tests for paired comparisons, two models on the same items, and for the level of one of them.
 
-The score interval is for 0/1 values and wherever few items changed, the cluster bootstrap for the rest: harm as large
+Score intervals are for 0/1 values and wherever few items changed, the cluster bootstrap for the rest: harm as large
 as the margin passes a paired t up to 12 % of the time instead of 5 %, and a bootstrap of few changes up to 33 %.
 """
 
@@ -70,18 +70,51 @@ def tango_over_clusters(
     return spread * low, spread * high
 
 
-def wilson_interval(events: float, n: float, confidence: float) -> tuple[float, float]:
-    """Score interval for a proportion, events / n, within [0, 1].
+def tango_by_design(values: npt.ArrayLike, clusters: Sequence[str], confidence: float) -> tuple[float, float]:
+    """Score interval for the mean of paired differences of 0/1 values whose clusters vary together.
 
-    Both may be fractional (an effective number of trials). Raises ValueError unless 0 <= events <= n, n > 0 and confidence is
-    in (0, 1). Source: Wilson 1927, JASA 22:209-212.
+    values: shape (n,), each -1, 0 or 1. clusters: n labels. The items count as n / d pairs, where the design effect d (1 at
+    least) is how much more the mean varies over clusters than it would over independent items. It needs some changed
+    clusters to see that: below 10 use `tango_over_clusters`. With n singleton clusters it is `tango_interval`.
+    Raises ValueError as `cluster_bootstrap_interval` does, or with a single cluster.
+    Source: Rao & Scott 1992, Biometrics 48:577-585, on Tango 1998.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    sums, sizes = _by_cluster(array, clusters)
+    if len(sums) < 2:
+        raise ValueError("needs two clusters to see how they vary")
+    n, count = len(array), len(sums)
+    apart = float((array**2).sum() - array.sum() ** 2 / n)
+    together = float(((sums - sizes * array.mean()) ** 2).sum()) * count / (count - 1)
+    effect = max(1.0, together / apart) if apart > 0 and count < n else 1.0
+    return tango_interval((array > 0).sum() / effect, (array < 0).sum() / effect, n / effect, confidence)
+
+
+def wilson_interval(events: float, n: float, confidence: float) -> tuple[float, float]:
+    """Score interval for a proportion, within [0, 1].
+
+    events: how many of n; they may be fractional (an effective number). 0 of 60 leave (0, .043) at 90 %.
+    Raises ValueError unless 0 <= events <= n and n > 0. Source: Wilson 1927, JASA 22:209-212.
     """
     if not (0 <= events <= n * (1 + 1e-9) and n > 0):
-        raise ValueError(f"needs 0 <= events <= n and n > 0, got events={events} and n={n}")
+        raise ValueError(f"needs 0 <= events <= n and n > 0, got events={events}, n={n}")
     z, share = _two_sided_z(confidence), min(1.0, events / n)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))
+
+
+def wilson_over_clusters(
+    values: npt.ArrayLike, clusters: Sequence[str], confidence: float, lowest: float = 0.0, spread: float = 1.0
+) -> tuple[float, float]:
+    """Score interval for the mean of `values`, each within [lowest, lowest + spread], where few clusters differ.
+
+    Each cluster counts as one item that has its mean's share of the event, unequal ones as in `tango_over_clusters`, and
+    for the same reason: it errs towards wide. With singleton clusters and values of 0 and 1 it is `wilson_interval`.
+    """
+    sums, sizes = _by_cluster((np.asarray(values, dtype=np.float64) - lowest) / spread, clusters)
+    items = float(sizes.sum() ** 2 / (sizes**2).sum())
+    low, high = wilson_interval(min(items, max(0.0, items * sums.sum() / sizes.sum())), items, confidence)
+    return lowest + spread * low, lowest + spread * high
 
 
 def mcnemar_midp(b: int, c: int) -> float:
@@ -196,6 +229,81 @@ def items_needed(
     at_margin = spread**2 * _score_variance(margin / spread, each, each, 1) if spread > margin else variance
     needed = NORMAL.inv_cdf(confidence) * math.sqrt(at_margin) + NORMAL.inv_cdf(power) * math.sqrt(variance)
     return max(1, math.ceil((needed / margin) ** 2))
+
+
+def items_needed_alone(
+    variance: float, distance: float, at_limit: float | None = None, confidence: float = 0.95, power: float = 0.8
+) -> int:
+    """Items for a one-sided bound of one arm's mean to clear a limit that it is `distance` away from, rounded up.
+
+    variance: of one item. at_limit: the same if the mean were at the limit, p (1 - p) for 0/1 values, by which a score
+    interval goes. Raises ValueError unless both are >= 0 and distance > 0.
+    """
+    at_limit = variance if at_limit is None else at_limit
+    if not (variance >= 0 and at_limit >= 0 and distance > 0):
+        raise ValueError(f"needs variances >= 0 and distance > 0, got {variance}, {at_limit} and {distance}")
+    needed = NORMAL.inv_cdf(confidence) * math.sqrt(at_limit) + NORMAL.inv_cdf(power) * math.sqrt(variance)
+    return max(1, math.ceil((needed / distance) ** 2))
+
+
+def rogan_gladen(rate: npt.ArrayLike, sensitivity: npt.ArrayLike, specificity: npt.ArrayLike) -> Floats:
+    """The true rate behind one that a test with these errors has shown, within [0, 1]; numbers or arrays.
+
+    NaN where sensitivity + specificity is 1: such a test says nothing.
+    Source: Rogan & Gladen 1978, American Journal of Epidemiology 107:71-76.
+    """
+    informed = np.asarray(sensitivity, dtype=np.float64) + np.asarray(specificity) - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        true = (np.asarray(rate) + np.asarray(specificity) - 1) / np.where(informed == 0, np.nan, informed)
+    return np.asarray(np.clip(true, 0, 1), dtype=np.float64)
+
+
+def corrected_rates(
+    base: npt.ArrayLike,
+    tuned: npt.ArrayLike,
+    clusters: Sequence[str],
+    confusion: dict[str, int],
+    confidence: float,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """(value, low, high) of "base", "tuned" and "delta" without the errors of the test that gave them.
+
+    base, tuned: shape (n,), 0 or 1 as the test said, NaN where it said nothing. clusters: n labels. confusion: what the
+    test said of items whose truth is known, as "tp", "fp", "fn" and "tn". A bootstrap that weighs clusters (Bayesian, so
+    that 0 events of n are not "certainly none": for single items it is Jeffreys' interval), and at the same time draws
+    sensitivity and specificity from the matrix: what is not known of the test widens the intervals.
+    Raises ValueError as `cluster_bootstrap_interval` does, or where an arm or a side of the matrix is empty.
+    Source: Rubin 1981, Annals of Statistics 9:130-134; Brown, Cai & DasGupta 2001 for Jeffreys' interval.
+    """
+    tp, fp, fn, tn = (confusion[key] for key in ("tp", "fp", "fn", "tn"))
+    arms = [np.asarray(arm, dtype=np.float64) for arm in (base, tuned)]
+    seen = [np.isfinite(arm) for arm in arms]
+    if not (tp + fn and tn + fp and all(there.any() for there in seen)):
+        raise ValueError("needs values in both arms, and true and false items in the confusion matrix")
+    rng = np.random.default_rng(seed)
+    sensitivity, specificity = (rng.beta(right + 0.5, wrong + 0.5, resamples) for right, wrong in ((tp, fn), (tn, fp)))
+    found: dict[str, tuple[float, Floats]] = {}
+    sums = np.stack(
+        [
+            _by_cluster(x, clusters)[0]
+            for arm, there in zip(arms, seen, strict=True)
+            for x in (np.nan_to_num(arm), there)
+        ]
+    )
+    drawn, count = np.empty((4, resamples)), sums.shape[1]
+    for start in range(0, resamples, chunk := max(1, CHUNK // count)):
+        weights = rng.standard_exponential((min(chunk, resamples - start), count))
+        drawn[:, start : start + chunk] = sums @ weights.T
+    for name, (events, items), (drawn_events, drawn_items) in zip(
+        ("base", "tuned"), sums.reshape(2, 2, -1), drawn.reshape(2, 2, -1), strict=True
+    ):
+        event, other = rng.gamma(0.5, items.mean(), (2, resamples))
+        rates = rogan_gladen((drawn_events + event) / (drawn_items + event + other), sensitivity, specificity)
+        found[name] = float(rogan_gladen(events.sum() / items.sum(), tp / (tp + fn), tn / (tn + fp))), rates
+    found["delta"] = found["tuned"][0] - found["base"][0], found["tuned"][1] - found["base"][1]
+    low, high = (1 - confidence) / 2, (1 + confidence) / 2
+    return {n: (x, float(np.quantile(rates, low)), float(np.quantile(rates, high))) for n, (x, rates) in found.items()}
 
 
 def _two_sided_z(confidence: float) -> float:

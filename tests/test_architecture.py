@@ -15,15 +15,17 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     **dict.fromkeys(["errors", "ranks", "progress"], 0),
-    **dict.fromkeys(["config", "artifact", "interruption", "scores", "stats", "plots", "notes"], 1),
+    **dict.fromkeys(["config", "artifact", "interruption", "scores", "verdict", "stats", "plots", "notes"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
-    **dict.fromkeys(["evaluate", "export", "gate", "registry", "report", "runs", "plan"], 4),
+    **dict.fromkeys(["evaluate", "export", "paired", "cards", "gate", "registry", "report", "runs", "plan"], 4),
     **dict.fromkeys(["cli", "quickstart", "pipeline"], 5),
 }
 HIGHEST_BELOW = {
     "evaluate": 2,
     "export": 2,
+    "paired": 1,
+    "cards": 1,
     "gate": 1,
     "registry": 1,
     "report": 1,
@@ -33,6 +35,8 @@ ALSO = {  # imports within a layer, each for a reason
     "cli": {"quickstart", "pipeline"},
     "ranks": {"errors"},
     "progress": {"ranks"},  # of several processes one speaks
+    "cards": {"paired"},
+    "gate": {"paired", "cards"},
     "training": {"data", "model"},
     "model": {"data"},  # token rows are what a forward pass is measured on
 }
@@ -57,6 +61,9 @@ LIGHT = [
     "interruption",
 ]
 LIGHT += [
+    "verdict",
+    "paired",
+    "cards",
     "gate",
     "report",
     "cli",

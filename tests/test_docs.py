@@ -14,7 +14,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 import llmtune
-from llmtune import cli, config, gate, stats
+from llmtune import cli, config, gate, paired, stats
 from llmtune.config import Section
 from llmtune.config.data import ColumnMap
 from llmtune.config.eval import EvalConfig, Rule, SuiteConfig
@@ -348,21 +348,21 @@ def test_the_figures_of_the_gate_page_are_those_of_the_code():
     rows = {cells[0]: cells[1:] for cells in table(DOCS / "gate.md", "what changed among 30")}
     bounds = {"nothing": (0, 0), "one item each way": (1, 1), "one item for the worse": (1, 0)}
     for changed, (worse, better) in bounds.items():
-        bound = stats.tango_interval(worse, better, 30, gate.CONFIDENCE)[1]
+        bound = stats.tango_interval(worse, better, 30, paired.CONFIDENCE)[1]
         assert rows[changed] == [short(bound), "PASS" if bound < 0.10 else "INCONCLUSIVE"]
     for changed, worse, metrics in (("four", 4, 1), ("seven", 7, 8)):
         p_value = stats.mcnemar_midp(worse, 0)
         assert rows[f"{changed} for the worse, none for the better"][0] == f"p = {short(p_value)}"
         assert p_value * metrics < gate.ALPHA < stats.mcnemar_midp(worse - 1, 0) * metrics
-    least = next(n for n in range(20, 100) if stats.tango_interval(0, 0, n, gate.CONFIDENCE)[1] < 0.05)
+    least = next(n for n in range(20, 100) if stats.tango_interval(0, 0, n, paired.CONFIDENCE)[1] < 0.05)
     assert f"that takes {least} unchanged items" in page
     for margin, *counts in table(DOCS / "gate.md", "margin"):
         changing = (0.02, 0.05, 0.10, 0.20)
         assert [int(count.replace(",", "")) for count in counts] == [
             stats.items_needed(share, float(margin), spread=1) for share in changing
         ]
-    assert f"fewer than {gate.LEAST_CHANGED} clusters changed" in page
-    assert f"Below {gate.LEAST_CLUSTERS} independent items" in page
+    assert f"fewer than {paired.LEAST_CHANGED} clusters changed" in page
+    assert f"Below {paired.LEAST_CLUSTERS} independent items" in page
 
 
 def test_exit_codes_are_those_of_the_code():

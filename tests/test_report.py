@@ -221,6 +221,7 @@ def write_scores(
             "suites": {name: {"description": text, "licence": "Apache-2.0", "sha256": sha(name), "gate": rules} for name, (text, rules) in SUITES.items()},
             "arms": ARMS,
             "subject": subject.parent(),
+            "judges": {},
             "cost": {"base": {"latency_s": 0.262, "tokens_per_s": 96.1, "peak_memory_gb": 1.9},
                      "base + 3 examples": {"latency_s": 0.41, "tokens_per_s": 62.0, "peak_memory_gb": 2.0},
                      "tuned": {"latency_s": 0.248, "tokens_per_s": 88.4, "peak_memory_gb": 1.9}},
@@ -370,7 +371,7 @@ def test_key_numbers_name_every_arm_and_the_floor(whole):
         "floor effect",
     ):
         assert words in cards
-    assert "Floor effect in harmful, complied: the base already has the worst value" in whole.text
+    assert "Floor effect in harmful, complied: the base refuses next to nothing" in whole.text
 
 
 def test_a_failed_metric_is_among_the_key_numbers(tmp_path):

@@ -10,6 +10,7 @@ import scipy.stats
 from scipy.optimize import brentq, minimize_scalar
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from llmtune import stats
 
@@ -29,7 +30,9 @@ def singletons(count):
         (28, 25, 618, 0.90, -0.0148, 0.0247),  # R's PropCIs::scoreci.mp(25, 28, 618, 0.90)
         (7, 0, 14, 0.95, 0.177034, 0.732008),  # R's PropCIs::scoreci.mp(0, 7, 14, 0.95)
         (48, 41, 549, 0.90, -0.0157, 0.0414),  # R's PropCIs::scoreci.mp(41, 48, 549, 0.90)
-        (0, 1, 44, 0.90, -0.096, 0.037),  # 43 of 44 pairs agree, as in Tango's contact lens example; derived
+        (9, 3, 32, 0.95, -0.027, 0.390),  # Tango 1998, first example
+        (0, 1, 44, 0.90, -0.096, 0.037),  # Tango 1998, contact lenses: 43 of 44 pairs agree
+        (16, 8, 86, 0.95, -0.020, 0.207),  # Agresti & Min 2005, a cross-over trial
     ],
 )
 def test_tango_gives_the_published_intervals(b, c, n, confidence, low, high):
@@ -126,6 +129,89 @@ def test_unequal_clusters_count_for_less_than_their_number():
     pairs = 40**2 / (19 + 21**2)
     expected = stats.tango_interval(0, 0, pairs, 0.90)
     assert stats.tango_over_clusters(np.zeros(40), clusters, 0.90) == pytest.approx(expected)
+
+
+# ---- Tango by the design effect
+
+
+def test_by_design_over_singletons_it_is_tango():
+    values = [1] * 12 + [-1] * 5 + [0] * 40
+    assert stats.tango_by_design(values, singletons(57), 0.90) == stats.tango_interval(12, 5, 57, 0.90)
+
+
+def test_items_that_change_together_are_as_many_as_their_clusters():
+    """The design effect of m equal items a cluster is m, but for the lost degree of freedom."""
+    values = np.repeat([1] * 12 + [-1] * 5 + [0] * 43, 5)
+    effect = 5 * (60 / 59) / (300 / 300)
+    expected = stats.tango_interval(60 / effect, 25 / effect, 300 / effect, 0.90)
+    assert stats.tango_by_design(values, np.repeat(singletons(60), 5).tolist(), 0.90) == pytest.approx(expected)
+
+
+def test_the_design_effect_is_that_of_an_analysis_of_variance():
+    """Unequal clusters, against the variance of a ratio estimator (Cochran 1977, 6.4) by hand."""
+    rng = np.random.default_rng(4)
+    sizes = rng.integers(1, 9, 40)
+    values = np.concatenate(
+        [rng.choice([-1, 0, 1], size, p=p) for size, p in zip(sizes, rng.dirichlet([1, 4, 1], 40), strict=True)]
+    )
+    labels = np.repeat(singletons(40), sizes)
+    mean, n = values.mean(), len(values)
+    residual = [values[labels == label].sum() - mean * (labels == label).sum() for label in singletons(40)]
+    clustered = 40 / 39 * sum(r**2 for r in residual) / n**2
+    effect = clustered / (np.var(values) / n)
+    assert effect > 1.1
+    expected = stats.tango_interval((values > 0).sum() / effect, (values < 0).sum() / effect, n / effect, 0.90)
+    assert stats.tango_by_design(values, labels.tolist(), 0.90) == pytest.approx(expected)
+
+
+def test_clusters_that_vary_less_than_chance_gain_nothing():
+    values = [1, -1] * 30  # every pair of items cancels
+    labels = [f"pair-{i // 2}" for i in range(60)]
+    assert stats.tango_by_design(values, labels, 0.90) == stats.tango_interval(30, 30, 60, 0.90)
+    with pytest.raises(ValueError, match="two clusters"):
+        stats.tango_by_design([1, 0], ["one", "one"], 0.90)
+
+
+# ---- Wilson's score interval
+
+
+@pytest.mark.parametrize(
+    ("events", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(events, n, low, high):
+    """Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3."""
+    assert stats.wilson_interval(events, n, 0.95) == pytest.approx((low, high), abs=5.1e-5)
+
+
+@pytest.mark.parametrize(("events", "n"), [(0, 60), (3, 60), (30, 60), (60, 60), (1, 1), (137, 450)])
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+def test_wilson_against_statsmodels_and_scipy(events, n, confidence):
+    ours = stats.wilson_interval(events, n, confidence)
+    assert ours == pytest.approx(proportion_confint(events, n, alpha=1 - confidence, method="wilson"), abs=1e-12)
+    theirs = scipy.stats.binomtest(events, n).proportion_ci(confidence, method="wilson")
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [(-1, 5, 0.9), (6, 5, 0.9), (0, 0, 0.9), (1, 5, 1.0)])
+def test_wilson_refuses_what_is_no_proportion(wrong):
+    with pytest.raises(ValueError, match=r"needs|confidence"):
+        stats.wilson_interval(*wrong)
+
+
+def test_wilson_over_clusters_counts_a_cluster_once():
+    values, labels = np.repeat([1.0] * 4 + [0.0] * 36, 5), np.repeat(singletons(40), 5).tolist()
+    assert stats.wilson_over_clusters(values, labels, 0.90) == pytest.approx(stats.wilson_interval(4, 40, 0.90))
+    low, high = stats.wilson_over_clusters(1 + 4 * values, labels, 0.90, lowest=1, spread=4)
+    assert (low, high) == pytest.approx(tuple(1 + 4 * end for end in stats.wilson_interval(4, 40, 0.90)))
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.05, 0.10, 0.20, 0.50])
+@pytest.mark.parametrize("n", [40, 60, 112, 225, 450])
+def test_a_mean_at_its_floor_is_cleared_at_most_about_five_percent_of_the_time(n, limit):
+    """Exact: P(upper bound <= limit) where the true share is the limit."""
+    cleared = [stats.wilson_interval(k, n, 0.90)[1] <= limit for k in range(n + 1)]
+    assert scipy.stats.binom.pmf(np.flatnonzero(cleared), n, limit).sum() <= 0.06
 
 
 # ---- McNemar's mid-p
@@ -309,11 +395,92 @@ def test_items_needed_for_a_score_interval_give_their_power(discordance, margin)
         assert power(stats.items_needed(discordance, margin)) < 0.6
 
 
-@pytest.mark.parametrize(("events", "n"), [(0, 10), (10, 10), (3, 7), (915, 2250)])
-def test_wilson_is_that_of_statsmodels(events, n):
-    from statsmodels.stats.proportion import proportion_confint
+@pytest.mark.parametrize(("true", "limit"), [(0.0, 0.05), (0.05, 0.10), (0.10, 0.20), (0.3, 0.4)])
+def test_items_needed_to_clear_a_floor_give_their_power(true, limit):
+    n = stats.items_needed_alone(true * (1 - true), limit - true, limit * (1 - limit))
+    cleared = [k for k in range(n + 1) if stats.wilson_interval(k, n, 0.90)[1] <= limit]
+    assert scipy.stats.binom.pmf(cleared, n, true).sum() == pytest.approx(0.8 if true else 1.0, abs=0.07)
+    with pytest.raises(ValueError, match="distance > 0"):
+        stats.items_needed_alone(0.1, 0.0)
 
-    expected = proportion_confint(events, n, 0.05, "wilson")
-    assert stats.wilson_interval(events, n, 0.95) == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError):
-        stats.wilson_interval(n + 1, n, 0.95)
+
+# ---- rates without a test's errors
+
+
+def test_rogan_gladen_gives_the_published_estimates():
+    """23 of 150 cows positive by a test of sensitivity .96 and specificity .89: R's epiR::epi.prev, 5.1 in 100."""
+    assert stats.rogan_gladen(23 / 150, 0.96, 0.89) == pytest.approx(0.051, abs=5e-4)
+    assert stats.rogan_gladen(6 / 151, 0.964, 0.927) == 0  # its second example, Helicobacter pylori
+    assert stats.rogan_gladen(0.3, 1.0, 1.0) == pytest.approx(0.3)
+    assert stats.rogan_gladen([0.02, 0.5, 0.99], 0.9, 0.9) == pytest.approx([0, 0.5, 1])  # never outside [0, 1]
+    assert np.isnan(stats.rogan_gladen(0.3, 0.5, 0.5))
+
+
+def test_it_undoes_what_a_test_does_to_a_rate():
+    for true, sensitivity, specificity in itertools.product((0, 0.2, 0.9), (0.7, 0.95), (0.6, 0.99)):
+        seen = true * sensitivity + (1 - true) * (1 - specificity)
+        assert stats.rogan_gladen(seen, sensitivity, specificity) == pytest.approx(true, abs=1e-12)
+
+
+PERFECT, GOOD = ({"tp": n, "fn": m, "tn": n, "fp": m} for n, m in ((10**7, 0), (90, 10)))
+
+
+def test_with_a_perfect_judge_the_rates_are_jeffreys_intervals():
+    base, tuned = np.array([1] * 12 + [0] * 88), np.zeros(100)
+    found = stats.corrected_rates(base, tuned, singletons(100), PERFECT, 0.90, resamples=100_000)
+    assert found["base"][0] == pytest.approx(0.12)
+    assert found["base"][1:] == pytest.approx(scipy.stats.beta(12.5, 88.5).ppf([0.05, 0.95]), abs=1.5e-3)
+    assert found["tuned"][0] == 0
+    assert found["tuned"][1:] == pytest.approx(scipy.stats.beta(0.5, 100.5).ppf([0.05, 0.95]), abs=1.5e-3)
+    theirs = proportion_confint(12, 100, alpha=0.1, method="jeffreys")
+    assert found["base"][1:] == pytest.approx(theirs, abs=1.5e-3)
+
+
+def test_what_is_not_known_of_the_judge_widens_the_rates():
+    rng = np.random.default_rng(0)
+    base, tuned = (rng.random((2, 300)) < np.array([[0.3], [0.5]])).astype(float)
+    few = {key: count // 5 for key, count in GOOD.items()}
+    many = {key: 1000 * count for key, count in GOOD.items()}
+    spans = {}
+    for name, confusion in (("few", few), ("good", GOOD), ("many", many)):
+        found = stats.corrected_rates(base, tuned, singletons(300), confusion, 0.90)
+        assert found["delta"][0] == pytest.approx((tuned.mean() - base.mean()) / 0.8)
+        spans[name] = {arm: high - low for arm, (_, low, high) in found.items()}
+    for arm in ("base", "tuned", "delta"):
+        assert spans["few"][arm] > spans["good"][arm] > spans["many"][arm]
+    assert spans["many"]["base"] == pytest.approx(2 * 1.645 * np.sqrt(base.var() / 300) / 0.8, rel=0.05)
+
+
+def test_corrected_rates_cover_the_truth():
+    """True rates .30 and .45, a judge with sensitivity .88 and specificity .94 of which 200 labels are known."""
+    rng, inside = np.random.default_rng(1), np.zeros(3)
+    for _ in range(300):
+        truth = rng.random((2, 150)) < np.array([[0.30], [0.45]])
+        seen = np.where(truth, rng.random((2, 150)) < 0.88, rng.random((2, 150)) < 0.06).astype(float)
+        tp, tn = rng.binomial(100, 0.88), rng.binomial(100, 0.94)
+        confusion = {"tp": tp, "fn": 100 - tp, "tn": tn, "fp": 100 - tn}
+        found = stats.corrected_rates(*seen, singletons(150), confusion, 0.90, resamples=1000)
+        ends = zip(found.values(), (0.30, 0.45, 0.15), strict=True)
+        inside += [low <= true <= high for (_, low, high), true in ends]
+    assert (inside / 300 >= 0.86).all()
+
+
+def test_items_of_one_cluster_are_weighed_together():
+    base, tuned = np.repeat([1.0, 0.0], [10, 40]), np.repeat([1.0, 0.0], [20, 30])
+    once = stats.corrected_rates(base, tuned, singletons(50), GOOD, 0.90)
+    labels = np.repeat(singletons(50), 4).tolist()
+    repeated = stats.corrected_rates(np.repeat(base, 4), np.repeat(tuned, 4), labels, GOOD, 0.90)
+    for arm in once:
+        assert repeated[arm] == pytest.approx(once[arm], abs=0.01)
+
+
+def test_what_the_test_said_nothing_of_does_not_count():
+    base = np.array([1.0] * 10 + [0.0] * 30)
+    tuned = np.array([1.0] * 10 + [np.nan] * 20 + [0.0] * 10)
+    found = stats.corrected_rates(base, tuned, singletons(40), PERFECT, 0.90)
+    assert (found["base"][0], found["tuned"][0]) == pytest.approx((0.25, 0.5))
+    for empty in ({**GOOD, "tp": 0, "fn": 0}, {**GOOD, "tn": 0, "fp": 0}):
+        with pytest.raises(ValueError, match="true and false items"):
+            stats.corrected_rates(base, tuned, singletons(40), empty, 0.90)
+    with pytest.raises(ValueError, match="values in both arms"):
+        stats.corrected_rates(base, np.full(40, np.nan), singletons(40), GOOD, 0.90)

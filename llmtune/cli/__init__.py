@@ -116,6 +116,10 @@ PROCESSES = _argument(
 COMPUTING = {"quickstart", "sft", "verify", "evaluate", "compare", "merge", "chat", "validate"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
 JSON = _argument("--json", action="store_true", help="print the result as JSON")
+FILES = [
+    _argument("--junit", type=Path, metavar="FILE", help="also write the verdict as JUnit XML, for a CI"),
+    _argument("--markdown", type=Path, metavar="FILE", help="also write it as Markdown, for a pull request"),
+]
 
 GROUPS = {"data": "look at rows before anything is trained", "judge": "measure who judges answers"}
 
@@ -219,6 +223,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
                 "--output", type=Path, required=True, metavar="DIR", help="for compare.yaml, scores/ and verdict/"
             ),
             PROCESSES,
+            *FILES,
             JSON,
         ],
     ),
@@ -234,6 +239,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
                 metavar="SUITE.METRIC=X",
                 help="another margin than the suite's",
             ),
+            *FILES,
             JSON,
         ],
     ),

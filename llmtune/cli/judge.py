@@ -38,6 +38,7 @@ def _measured(settings: Any, place: Path, output: Path) -> Path:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Any two models: measure, decide, and leave the run file that does it again."""
+    files = _files(arguments)
     output = arguments.output.resolve()
     first, second = (str(Path(name).resolve()) if Path(name).exists() else name for name in arguments.models)
     suites = [str(Path(name).resolve()) if Path(name).is_file() else name for name in arguments.suites.split(",")]
@@ -52,22 +53,27 @@ def compare(arguments: argparse.Namespace) -> int:
             return code
     else:
         _measured(settings, file, output / "scores")
-    return _decided(output / "scores", {}, as_json=arguments.json)
+    return _decided(output / "scores", {}, files, as_json=arguments.json)
 
 
 def gate(arguments: argparse.Namespace) -> int:
     folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
     if folder == arguments.scores and any((folder / step).is_dir() for step in ("adapter", "model")):
         raise ArtifactError(f"{folder}: holds no scores; 'llmtune eval' makes them")
-    return _decided(folder, _margins(arguments.margin), as_json=arguments.json)
+    return _decided(folder, _margins(arguments.margin), _files(arguments), as_json=arguments.json)
 
 
-def _decided(folder: Path, margins: dict[str, float], *, as_json: bool) -> int:
+def _decided(folder: Path, margins: dict[str, float], files: dict[str, Path], *, as_json: bool) -> int:
     from llmtune import gate as gates
+    from llmtune import verdict as verdicts
 
     made = gates.run(folder, margins=margins)
     verdict = gates.read(made)
-    text = (made.path / gates.FILE).read_text(encoding="utf-8") if as_json else gates.render_text(verdict)
+    renderings = {"junit": verdicts.render_junit, "markdown": verdicts.render_markdown}
+    for name, file in files.items():
+        artifact.write_atomically(file, renderings[name](verdict))
+    stored = made.path / verdicts.FILE
+    text = stored.read_text(encoding="utf-8") if as_json else verdicts.render_text(verdict)
     sys.stdout.write(text + "\n")
     return VERDICT_EXIT[verdict.verdict]
 
@@ -78,6 +84,18 @@ def report(arguments: argparse.Namespace) -> int:
     made = reports.build(arguments.run_folder)
     print(made.path / "report.html")
     return 0
+
+
+def _files(arguments: argparse.Namespace) -> dict[str, Path]:
+    """What else is to be written. Refuses, before anything is measured, what could not be or would spoil a finished step."""
+    files = {name: file for name in ("junit", "markdown") if (file := getattr(arguments, name))}
+    for name, file in files.items():
+        if file.is_dir() or not file.parent.is_dir():
+            why = "is a folder" if file.is_dir() else "lies in no folder that exists"
+            raise ConfigError(f"--{name}", f"{file}: {why}")
+        if spoiled := next((folder for folder in file.resolve().parents if artifact.complete(folder)), None):
+            raise ConfigError(f"--{name}", f"{file}: would change the finished step {spoiled}; write it elsewhere")
+    return files
 
 
 def _margins(given: list[str]) -> dict[str, float]:
