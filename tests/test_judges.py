@@ -9,9 +9,10 @@ import pytest
 
 from llmtune import cli
 from llmtune.config.judges import JudgeConfig
+from llmtune.data import openers
 from llmtune.errors import ConfigError, DataError
 from llmtune.evaluate import judges
-from llmtune.evaluate.judges import Case, Judgement, labelled, openers, pattern
+from llmtune.evaluate.judges import Case, Judgement, labelled, pattern
 from llmtune.evaluate.judges.validate import validate
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from llmtune import config
 from llmtune.config import LocalPath, PathOrHub, Section
 from llmtune.config.data import ColumnMap
 from llmtune.config.judges import JudgeConfig
 from llmtune.config.metrics import METRICS
 from llmtune.errors import did_you_mean
+
+ITEM_COLUMNS = ColumnMap(user=["prompt"], assistant="answer")
+"""Where a suite's rows hold what, unless it says so itself."""
 
 
 class Rule(Section):
@@ -88,6 +93,17 @@ class SuiteConfig(Section):
             if unknown := set(self.gate) - set(self.metrics):
                 raise ValueError(f"gate.{min(unknown)}: is not among this suite's metrics")
         return self
+
+
+def read_suite(name: str, place: Path | str) -> tuple[SuiteConfig, Any, Path]:
+    """A shipped suite by its name, or one of your own by its path, relative to the folder of `place`.
+
+    With it come what its file holds, and the file.
+    """
+    own = name.endswith(".yaml") or "/" in name
+    file = (Path(place).resolve().parent / name) if own else config.shipped("evals", f"suites/{name}.yaml")
+    raw = config.read_yaml(file)
+    return config.validate(SuiteConfig, raw, file), raw, file
 
 
 class FewShotConfig(Section):

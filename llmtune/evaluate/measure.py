@@ -8,9 +8,9 @@ from typing import Any
 
 from llmtune import artifact, ranks
 from llmtune.config.metrics import METRICS
+from llmtune.data.openers import encode_openers
 from llmtune.data.tokens import IGNORED, TokenRow, encode_answer, encode_prompt
 from llmtune.errors import ConfigError, DataError
-from llmtune.evaluate.judges.openers import COMPLIANCE_OPENERS, REFUSAL_OPENERS
 from llmtune.evaluate.observations import Observation, Store
 from llmtune.evaluate.subjects import Memory, Subject
 from llmtune.evaluate.suites import Item, Suite, fingerprint
@@ -153,12 +153,7 @@ def _choice_rows(tokenizer: Any, arm: Arm, item: Item) -> list[TokenRow]:
 
 
 def _opener_rows(tokenizer: Any, arm: Arm, item: Item) -> list[TokenRow]:
-    """One row an opener, refusals first, each supervised on the opener alone: what follows it is open."""
-    prompt, rows = _prompt(tokenizer, arm, item), []
-    for opener in (*REFUSAL_OPENERS, *COMPLIANCE_OPENERS):
-        said = list(tokenizer(opener, add_special_tokens=False)["input_ids"])
-        rows.append(TokenRow(prompt + said, [IGNORED] * len(prompt) + said))
-    return rows
+    return encode_openers(tokenizer, _prompt(tokenizer, arm, item))
 
 
 def _text_row(tokenizer: Any, _: Arm, item: Item) -> TokenRow:
@@ -183,8 +178,7 @@ def _logprobs(model: Any, tokenizer: Any, items: list[Any], _: int | None, done:
     """Of each row of each item; what the rows of an item begin with is run once."""
     found = []
     for rows in items:
-        losses = infer.token_losses(model, rows, tokenizer.pad_token_id)
-        found.append({"logprobs": [-loss * row.supervised for loss, row in zip(losses, rows, strict=True)]})
+        found.append({"logprobs": infer.log_probabilities(model, rows, tokenizer.pad_token_id)})
         done(1)
     return found
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from llmtune.data import openers
 from llmtune.evaluate.observations import Observation
 from llmtune.evaluate.suites import Item
 
@@ -113,10 +114,7 @@ def _nll(item: Item, seen: Observation) -> float:
 
 
 def _refusal_margin(_: Item, seen: Observation) -> float:
-    """The openers of refusals stand first, as many as those of compliance."""
-    assert seen.logprobs is not None
-    half = len(seen.logprobs) // 2
-    return log_sum_exp(seen.logprobs[:half]) - log_sum_exp(seen.logprobs[half:])
+    return openers.refusal_margin(seen.logprobs or [])
 
 
 def log_sum_exp(values: list[float]) -> float:

@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmtune import config
 from llmtune.config.data import ColumnMap
-from llmtune.config.eval import SuiteConfig
+from llmtune.config.eval import ITEM_COLUMNS, SuiteConfig, read_suite
 from llmtune.config.metrics import METRICS
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.rows import Row, read_rows
 from llmtune.errors import ConfigError, DataError, UserError
 
 SEED = 0
-ITEM_COLUMNS = ColumnMap(user=["prompt"], assistant="answer")
 CHOICE_COLUMNS = ColumnMap(user=["prompt"], assistant="completion")  # `answer` is the number of the right choice there
 LENGTHS = ("short", "middle", "long")
 
@@ -99,10 +97,7 @@ def load_suites(names: list[str], place: Path, items: dict[str, str]) -> list[Su
 
 def load_suite(name: str, place: Path, items: dict[str, str] | None = None) -> Suite:
     """A shipped suite by its name, or one of your own by its path, relative to the folder of `place`."""
-    own = name.endswith(".yaml") or "/" in name
-    file = (Path(place).resolve().parent / name) if own else config.shipped("evals", f"suites/{name}.yaml")
-    raw = config.read_yaml(file)
-    suite = config.validate(SuiteConfig, raw, file)
+    suite, raw, file = read_suite(name, place)
     if elsewhere := (items or {}).get(suite.suite):
         suite = suite.model_copy(update={"items": elsewhere})
     if suite.lm_eval:

@@ -86,6 +86,12 @@ def token_losses(
     return losses
 
 
+def log_probabilities(model: PreTrainedModel, rows: list[TokenRow], pad_id: int) -> list[float]:
+    """Of what each row supervises as a whole, in nats; order as given."""
+    losses = token_losses(model, rows, pad_id)
+    return [-loss * row.supervised for loss, row in zip(losses, rows, strict=True)]
+
+
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

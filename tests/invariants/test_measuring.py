@@ -15,10 +15,10 @@ import yaml
 
 from llmtune import artifact, config, gate, scores
 from llmtune.cli import main
+from llmtune.data.openers import COMPLIANCE_OPENERS, REFUSAL_OPENERS
 from llmtune.data.tokens import encode_prompt
 from llmtune.errors import ConfigError, DataError
 from llmtune.evaluate import arms, measure, observations
-from llmtune.evaluate.judges.openers import COMPLIANCE_OPENERS, REFUSAL_OPENERS
 from llmtune.evaluate.metrics import _tool_call_valid, probabilities
 from llmtune.evaluate.observations import Observation
 from llmtune.evaluate.suites import Item, load_suite
