@@ -480,6 +480,14 @@ def test_control_tokens_in_calls_results_and_tools(tokenizers, turns, tools):
         encode_chat(tokenizers["qwen3"], turns, tools)
 
 
+def test_a_prompt_is_refused_where_the_template_drops_its_tools(tokenizers):
+    writing = [family for family, words in tokenizers.items() if "tools" not in template.of(words).drops]
+    dropping = next(words for family, words in tokenizers.items() if "tools" in template.of(words).drops)
+    with pytest.raises(ValueError, match=r"^this chat template drops tools without a word"):
+        encode_prompt(dropping, [user("q")], [TOOL])
+    assert encode_prompt(dropping, [user("q")]) and encode_prompt(tokenizers[writing[0]], [user("q")], [TOOL])
+
+
 def test_the_tokens_that_open_turns_are_control_tokens(tokenizers):
     # not special in DeepSeek's tokenizers, and read as tokens all the same
     with pytest.raises(ValueError, match="holds the control token '<｜Assistant｜>'"):

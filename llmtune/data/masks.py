@@ -44,7 +44,7 @@ def render(
     trained = [n for n in (answers if train_on == "all" else answers[-1:]) if turns[n].get("weight", 1) > 0]
     if not trained:
         raise ValueError("none of its answers is trained: they have weight 0")
-    _require_supported(template, turns, tools)
+    require_supported(template, turns, tools)
     last = written_answer(template, turns[: answers[-1] + 1], tools)
     text = last.prompt + last.said + last.stop + last.rest
     _require_whole(text, turns[: answers[-1]], tools)
@@ -120,7 +120,8 @@ def _require_said(turn: dict[str, Any], said: str) -> None:
         )
 
 
-def _require_supported(template: ChatTemplate, turns: Turns, tools: Turns | None) -> None:
+def require_supported(template: ChatTemplate, turns: Turns, tools: Turns | None) -> None:
+    """Raise ValueError where the template leaves out a kind of thing that the chat has."""
     used = {
         "system prompts": turns[0]["role"] == "system",
         "tools": bool(tools),

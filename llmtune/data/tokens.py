@@ -109,9 +109,14 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Turns
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Turns | None = None) -> list[int]:
-    """Token ids of the prompt exactly as served: the turns and the opening of the assistant's."""
+    """Token ids of the prompt exactly as served: the turns and the opening of the assistant's.
+
+    Raises ValueError for a control token in a text, and where the template drops system prompts or tools without a word.
+    """
     refuse_control_tokens(tokenizer, turns, tools)
-    text = template.of(tokenizer).write(turns, tools, prompt=True)
+    chat_template = template.of(tokenizer)
+    masks.require_supported(chat_template, turns, tools)
+    text = chat_template.write(turns, tools, prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
