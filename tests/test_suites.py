@@ -14,7 +14,7 @@ import yaml
 from llmtune.config.metrics import METRICS
 from llmtune.data.rows import HUB_ID
 from llmtune.evaluate.suites import load_suite
-from llmtune.gate import LEAST_CLUSTERS
+from llmtune.paired import LEAST_CLUSTERS
 
 DATA = Path(os.environ.get("LLMTUNE_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
 EVALS = Path(__file__).parent.parent / "evals"
