@@ -56,12 +56,16 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     memory = Memory([base, tuned], subjects.dtype_of(base, tuned, view.dtype, device), device)
     view.require_all_read(place)
     parts = output.parent / f".{output.name}-parts"
-    group.join(device)
-    store = Store(parts)
-    group.wait()  # each knows what was done before any of them does more
-    plans = _observe(arms, suites, memory, store)
-    group.wait()
-    return group.from_first(lambda: _finish(settings, place, arms, suites, plans, memory, parts, output))
+    for suite in suites:
+        asked = f"{len(suite.items)} items" if suite.items else f"lm-eval's {', '.join(suite.tasks)}"
+        say(f"  suite {suite.name}: {asked}; licence: {suite.config.licence}")
+    with observations.alone(parts, place):
+        group.join(device)
+        store = Store(parts)
+        group.wait()  # each knows what was done before any of them does more
+        plans = _observe(arms, suites, memory, store)
+        group.wait()
+        return group.from_first(lambda: _finish(settings, place, arms, suites, plans, memory, parts, output))
 
 
 def _two(view: Recorded) -> tuple[Subject, Subject]:

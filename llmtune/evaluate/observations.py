@@ -6,6 +6,7 @@ interrupted, an item is answered beside the same others, so that its numbers are
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from llmtune import ranks
-from llmtune.errors import ArtifactError
+from llmtune.errors import ArtifactError, ConfigError
 
 FILE = "observations.jsonl"
 
@@ -61,6 +64,24 @@ def read(file: Path) -> list[Observation]:
     return found
 
 
+@contextlib.contextmanager
+def alone(folder: Path, place: object) -> Iterator[None]:
+    """Make `folder` and hold it. Raises ConfigError when another evaluation is going on in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        if ranks.rank() == 0:
+            lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            place, f"another evaluation is going on in {folder}; wait for it, or name another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Store:
     """Finished units of work in a folder, by what they depend on; each process appends to a file of its own.
 
@@ -69,7 +90,6 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, failed: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._done: dict[str, list[Observation]] = dict(_units(sorted(folder.glob("*.jsonl")), failed=failed))
         earlier = len(list(folder.glob(f"{ranks.rank()}-*.jsonl")))  # never appended to: its last line may be cut short
         self._file = folder / f"{ranks.rank()}-{earlier}.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from llmtune import artifact, config, gate, scores
 from llmtune.data.chats import load_chats
 from llmtune.data.tokens import TokenRow, encode_chat, encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, ProofError
-from llmtune.evaluate import arms, suites
+from llmtune.evaluate import arms, observations, suites
 from llmtune.evaluate.observations import Store
 from llmtune.export import merge
 from llmtune.model import infer, load
@@ -108,7 +109,7 @@ def test_an_evaluation_goes_on_with_the_batch_it_was_at(tuned: Path, monkeypatch
     monkeypatch.setattr(Store, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tuned)
-    (left,) = (tuned / "run" / ".scores-parts").iterdir()
+    (left,) = (tuned / "run" / ".scores-parts").glob("*.jsonl")
     text = left.read_text(encoding="utf-8")
     left.write_text(text[:-100], encoding="utf-8")  # and the last line was cut short
     monkeypatch.setattr(Store, "put", lambda *given: (kept.append(given[1]), put(*given)))
@@ -116,6 +117,30 @@ def test_an_evaluation_goes_on_with_the_batch_it_was_at(tuned: Path, monkeypatch
     assert len(kept) == 8 + 5
     assert len(set(kept)) == 12, "only the unit that was cut short was done twice"
     assert not (tuned / "run" / ".scores-parts").exists()
+
+
+def test_two_evaluations_at_once_are_refused(tuned: Path) -> None:
+    with (
+        observations.alone(tuned / "run" / ".scores-parts", "x"),
+        pytest.raises(ConfigError, match="another evaluation"),
+    ):
+        evaluate(tuned)
+    evaluate(tuned)
+
+
+def test_the_merged_model_is_evaluated_in_place_of_its_adapter(tuned: Path) -> None:
+    made = artifact.finished_run(tuned / "run")
+    if not artifact.complete(tuned / "run" / "merged"):
+        merge.run(tuned / "run")
+    measured = evaluate(tuned, tuned="./run/merged", output_dir="./shipped/scores")
+    assert measured.manifest["subject"]["sha256"] == artifact.read(tuned / "run" / "merged").sha256
+    theirs, mine = (
+        {(r.metric, r.item_id): r.value for r in scores.read(m.path / scores.FILE) if r.arm == "tuned"}
+        for m in (evaluate(tuned), measured)
+    )
+    losses = [key for key in mine if key[0] == "loss"]
+    assert [mine[key] for key in losses] == pytest.approx([theirs[key] for key in losses], abs=1e-4)
+    assert made.sha256 != measured.manifest["subject"]["sha256"]
 
 
 def test_an_adapter_without_effect_is_noticed(tuned: Path, tmp_path: Path) -> None:
@@ -155,6 +180,7 @@ def _another(source: load.Source) -> load.Source:
 
 
 def test_a_merge_is_proven_from_disk(tuned: Path) -> None:
+    shutil.rmtree(tuned / "run" / "merged", ignore_errors=True)
     made = merge.run(tuned / "run")
     proof = made.manifest["proof"]
     assert proof["algebra"]["holds"] and proof["storage"]["holds"]
