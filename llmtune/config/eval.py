@@ -41,13 +41,13 @@ class SuiteConfig(Section):
     """Items and what is measured on them: our own items, or tasks of lm-eval."""
 
     suite: str
-    description: str
-    licence: str
+    description: str = Field("", description="what it measures, shown in the report")
+    licence: str = Field("not stated", description="of the items, shown in the report")
     items: PathOrHub | None = Field(None, description="rows with a prompt and what the metrics need beside it")
     columns: ColumnMap | None = None
     where: dict[str, str] = Field(default_factory=dict, description="take only rows whose field has this text")
     metrics: list[str] = Field(default_factory=list)
-    max_new_tokens: PositiveInt | None = Field(None, description="length limit of an answer")
+    max_new_tokens: PositiveInt = Field(128, description="length limit of an answer")
     generate_items: PositiveInt | None = Field(None, description="answer only so many items, drawn by a fixed seed")
     attacks: LocalPath | None = Field(
         None, description="rows with an id and a 'template' that holds {prompt}, or a 'prefill': each item under each"
@@ -59,7 +59,11 @@ class SuiteConfig(Section):
     few_shot: bool = Field(False, description="also measure the base with examples in its prompt")
     hidden: bool = Field(False, description="collapse prompts and answers in the report")
     judge: JudgeConfig | None = Field(None, description="instead of the run's judge")
-    lm_eval: list[str] = Field(default_factory=list, description="tasks of lm-eval, shipped (evals/tasks) or its own")
+    lm_eval: list[str | dict[str, Any]] = Field(
+        default_factory=list, description="tasks of lm-eval, or {task: NAME} with keys of its task files beside it"
+    )
+    chat_template: bool = Field(True, description="lm_eval: ask in the model's chat template")
+    unsafe_code: bool = Field(False, description="lm_eval: run the code that the model writes, on this machine")
     limit: PositiveInt | None = Field(None, description="so many items (of lm-eval: a task), drawn by a fixed seed")
     gate: dict[str, Rule] = Field(default_factory=dict)
 
@@ -74,18 +78,17 @@ class SuiteConfig(Section):
     def _rules(self) -> SuiteConfig:
         if bool(self.lm_eval) == (self.items is not None):
             raise ValueError("a suite has either 'items' with 'metrics', or 'lm_eval' tasks")
-        theirs = {"suite", "description", "licence", "lm_eval", "limit", "gate", "slices"}
-        without = (self.model_fields_set - theirs) if self.lm_eval else set()
-        if without:
-            raise ValueError(f"{min(without)}: has no effect with lm_eval tasks")
+        both = {"suite", "description", "licence", "limit", "gate", "slices"}
+        theirs = {"lm_eval", "chat_template", "unsafe_code"}
+        if without := self.model_fields_set - both - theirs if self.lm_eval else self.model_fields_set & theirs:
+            raise ValueError(f"{min(without)}: has no effect with{'' if self.lm_eval else 'out'} lm_eval tasks")
         if self.items is not None:
             if not self.metrics:
                 raise ValueError("metrics: required with 'items'")
             probes = {METRICS[name].probe for name in self.metrics}
-            if (self.max_new_tokens is not None) != ("answer" in probes):
-                raise ValueError("max_new_tokens: required with, and only with, a metric of the model's own answer")
-            if self.generate_items and "answer" not in probes:
-                raise ValueError("generate_items: has no effect without a metric of the model's own answer")
+            for key in ("max_new_tokens", "generate_items"):
+                if key in self.model_fields_set and "answer" not in probes:
+                    raise ValueError(f"{key}: has no effect without a metric of the model's own answer")
             if self.attacks and probes - {"answer", "openers"}:
                 raise ValueError("attacks: only with metrics of the model's own answer and 'refusal_margin'")
             if self.judge and not any(METRICS[name].judged == "outcome" for name in self.metrics):

@@ -20,7 +20,7 @@ from llmtune.data.chats import load_chats
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.evaluate import judges, measure, observations, scoring, subjects
 from llmtune.evaluate.measure import Arm, Unit
-from llmtune.evaluate.observations import Store
+from llmtune.evaluate.observations import Observation, Store
 from llmtune.evaluate.subjects import Memory, Subject
 from llmtune.evaluate.suites import Item, Suite, load_suites
 from llmtune.model import load
@@ -158,6 +158,7 @@ def _finish(
             },
             judges=spoken,
             noise_floor=noise,
+            lm_eval=_tables(seen, suites),
             cost={arm.name: _cost([record for record in records if record.arm == arm.name]) for arm in arms},
         )
     failed = [one for one in seen if one.error]
@@ -166,6 +167,15 @@ def _finish(
     else:
         shutil.rmtree(parts)
     return artifact.read(output)
+
+
+def _tables(seen: list[Observation], suites: list[Suite]) -> dict[str, Any] | None:
+    """lm-eval's own rows, where a suite has tasks of it; without one it is not imported."""
+    if not any(suite.tasks for suite in suites):
+        return None
+    from llmtune.evaluate import capability
+
+    return capability.tables(seen, suites)
 
 
 def _noise_floor(records: list[Score]) -> dict[str, dict[str, Any]]:

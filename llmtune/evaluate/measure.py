@@ -163,18 +163,17 @@ def _text_row(tokenizer: Any, _: Arm, item: Item) -> TokenRow:
     return TokenRow(ids, [IGNORED, *ids[1:]])
 
 
-def _answers(model: Any, tokenizer: Any, prompts: list[Any], most: int | None, done: Any) -> list[dict[str, Any]]:
-    assert most is not None, "checked when the suite was read"
+def _answers(model: Any, tokenizer: Any, prompts: list[Any], most: int, done: Any) -> list[dict[str, Any]]:
     answers = infer.generate(model, tokenizer, prompts, most, len(prompts), on_batch=done)
     return [{"text": a.text, "tokens": a.tokens, "ended": a.ended, "latency_s": a.latency_s} for a in answers]
 
 
-def _losses(model: Any, tokenizer: Any, rows: list[Any], _: int | None, done: Any) -> list[dict[str, Any]]:
+def _losses(model: Any, tokenizer: Any, rows: list[Any], _: int, done: Any) -> list[dict[str, Any]]:
     losses = infer.token_losses(model, rows, tokenizer.pad_token_id, on_batch=done)
     return [{"loss": loss, "tokens": row.supervised} for loss, row in zip(losses, rows, strict=True)]
 
 
-def _logprobs(model: Any, tokenizer: Any, items: list[Any], _: int | None, done: Any) -> list[dict[str, Any]]:
+def _logprobs(model: Any, tokenizer: Any, items: list[Any], _: int, done: Any) -> list[dict[str, Any]]:
     """Of each row of each item; what the rows of an item begin with is run once."""
     found = []
     for rows in items:
@@ -206,7 +205,6 @@ def _from_endpoint(arm: Arm, suite: Suite, units: list[Unit], store: Store) -> N
 
     endpoint = Endpoint(arm.subject.url, arm.subject.name.partition("#")[2])
     most = suite.config.max_new_tokens
-    assert most is not None, "checked when the suite was read"
     with Progress(f"{arm.name}: {suite.name}, answers", len(units)) as bar:
         for unit in units:
             item = suite.items[unit.items[0]]
@@ -224,34 +222,38 @@ def _from_endpoint(arm: Arm, suite: Suite, units: list[Unit], store: Store) -> N
             bar.advance()
 
 
-def _lm_eval(arm: Arm, suite: Suite, task: str, model: Any, tokenizer: Any) -> list[Observation]:
+def _lm_eval(arm: Arm, suite: Suite, name: str, model: Any, tokenizer: Any) -> Iterator[Observation]:
+    """A task of lm-eval; with the first of its items lm-eval's own row of the whole task."""
     from llmtune.evaluate import capability
 
-    say(f"  {arm.name}: {suite.name}, lm-eval's {task}")
-    found = capability.run(model, tokenizer, {task: suite.tasks[task]}, arm.batch_size, suite.config.limit)
-    return [_from_lm_eval(arm, suite, item) for item in found]
-
-
-def _from_lm_eval(arm: Arm, suite: Suite, item: dict[str, Any]) -> Observation:
-    doc = item["doc"]
-    identity = f"{item['task']}/{doc.get('id', item['doc_id'])}"
-    slices = {name: str(doc[name]) for name in suite.config.slices if name in doc}
-    slices |= {"task": item["task"]} if len(suite.tasks) > 1 else {}
-    about = {
-        "cluster_id": str(doc.get("cluster", identity)),
-        "turns": [{"role": "user", "content": item["prompt"]}],
-        "slices": slices,
-        **{name: item[name] for name in ("reference", "choices", "right") if item.get(name) is not None},
-    }
-    return Observation(
-        arm.name,
-        suite.name,
-        identity,
-        "lm_eval",
-        fingerprint([item["task"], str(doc)]),
-        text=item["response"],
-        measured=item["metrics"],
-        higher={name: item["higher"][name] for name in item["metrics"]},
-        logprobs=item.get("logprobs"),
-        item=about,
-    )
+    say(f"  {arm.name}: {suite.name}, lm-eval's {name}")
+    wanted = suite.config
+    options = {"chat_template": wanted.chat_template, "unsafe_code": wanted.unsafe_code, "limit": wanted.limit}
+    result = capability.run(model, tokenizer, suite.tasks[name], arm.batch_size, **options)
+    for note in result.notes:
+        say(f"  note: lm-eval's {name}: {note}")
+    table: dict[str, float | None] | None = {**result.aggregates, "sample_len": result.sample_len}
+    for item in result.items:
+        slices = {field: str(item.doc[field]) for field in wanted.slices if field in item.doc}
+        about = {
+            "cluster_id": str(item.doc.get("cluster", item.item_id)),
+            "turns": [{"role": "user", "content": item.prompt}],
+            "slices": slices | ({"task": name} if len(suite.tasks) > 1 else {}),
+            "reference": item.reference,
+            "choices": item.choices,
+            "right": item.right,
+        }
+        yield Observation(
+            arm.name,
+            suite.name,
+            item.item_id,
+            "lm_eval",
+            fingerprint([name, str(item.doc)]),
+            text=item.response,
+            measured=item.metrics,
+            higher=item.higher_is_better,
+            logprobs=item.logprobs,
+            item={key: fact for key, fact in about.items() if fact is not None},
+            table=table,
+        )
+        table = None

@@ -28,7 +28,8 @@ class Observation:
 
     text, tokens, ended, latency_s: an answer, its length, whether it ended by itself, its share of the batch's time. loss:
     nats per token. logprobs: of each choice as a whole, or of each opener. measured, higher: lm-eval's metrics and which
-    direction is better; item: what its task says of the item. error: why there is nothing of these.
+    direction is better; item: what its task says of the item; table: with the first item of a task, lm-eval's own row of
+    the whole. error: why there is nothing of these.
     """
 
     arm: str
@@ -42,10 +43,11 @@ class Observation:
     latency_s: float | None = None
     loss: float | None = None
     logprobs: list[float] | None = None
-    measured: dict[str, float] | None = None
+    measured: dict[str, float | None] | None = None
     higher: dict[str, bool] | None = None
     error: str | None = None
     item: dict[str, Any] | None = None
+    table: dict[str, float | None] | None = None
 
     def line(self) -> str:
         facts = {name: value for name, value in asdict(self).items() if value is not None}

@@ -59,7 +59,8 @@ class Suite:
     config: SuiteConfig
     sha256: str
     items: list[Item]
-    tasks: dict[str, Any]
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -101,17 +102,17 @@ def load_suite(name: str, place: Path, items: dict[str, str] | None = None) -> S
     if elsewhere := (items or {}).get(suite.suite):
         suite = suite.model_copy(update={"items": elsewhere})
     if suite.lm_eval:
-        from llmtune.evaluate import capability
+        from llmtune.evaluate import tasks
 
-        tasks = capability.load_tasks(suite.lm_eval, file)
-        docs = {name: [str(doc) for doc in task.eval_docs] for name, task in tasks.items()}
-        return Suite(suite, fingerprint([raw, docs]), [], tasks)
-    found = _items(suite, file)
-    ids = Counter(item.item_id for item in found)
+        found = tasks.load(suite.lm_eval, file)
+        tasks.require_gated(suite.gate, found.tasks, file)
+        return Suite(suite, fingerprint([raw, found.sha256()]), [], found.tasks, found.groups)
+    asked = _items(suite, file)
+    ids = Counter(item.item_id for item in asked)
     if twice := [identity for identity, number in ids.items() if number > 1]:
         raise DataError(suite.items or "items", [f"the id {identity!r} stands twice" for identity in twice])
     # what is asked and what it is held against; not where it lies
-    return Suite(suite, fingerprint([raw, [asdict(replace(item, place="")) for item in found]]), found, {})
+    return Suite(suite, fingerprint([raw, [asdict(replace(item, place="")) for item in asked]]), asked)
 
 
 def fingerprint(value: Any) -> str:
