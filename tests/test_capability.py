@@ -17,10 +17,10 @@ import torch
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
-from llmtune import config
+from llmtune import config, scores
 from llmtune.config.eval import SuiteConfig
 from llmtune.errors import ConfigError, LlmtuneError
-from llmtune.evaluate import capability, tasks
+from llmtune.evaluate import arms, capability, observations, tasks
 from llmtune.model import load
 
 DATA = """
@@ -231,17 +231,27 @@ def test_accuracy_follows_from_the_log_probabilities(place, subject, name):
             assert item.metrics["brier_score"] == pytest.approx(((odds - target) ** 2).sum())
 
 
-def test_groups_tags_and_variants(place, subject):
-    found = tasks.load(["t_group"], place)
-    results = {name: capability.run(*subject, task, 4) for name, task in found.tasks.items()}
+def test_groups_tags_and_variants(place, folder, subject, tmp_path):
+    place.write_text("suite: mine\nlm_eval: [t_group]\ngate: {acc: {margin: 0.1}}\n")
+    other = tiny.save(tmp_path / "other", seed=1, tied=False)
+    raw = {"stage": "eval", "base": str(folder), "tuned": str(other), "suites": ["./mine.yaml"], "batch_size": 4}
+    made = arms.run(config.build({**raw, "output_dir": "./scores", "dtype": "float32"}, place), place)
     manager = TaskManager(include_path=str(place.parent / "tasks"), include_defaults=False)
     again = tasks._Factory(place).build(manager.task_index["t_group"], registry=manager.task_index)
     lm = capability.HFLM(pretrained=subject[0], backend="causal", tokenizer=subject[1], batch_size=4)
     expected = lm_eval.simple_evaluate(
         model=lm, tasks=[again], task_manager=manager, bootstrap_iters=0, apply_chat_template=True
     )
-    row = capability.group_aggregates(found.groups, results)["t_group"]
-    assert row == {"acc,none": expected["groups"]["t_group"]["acc,none"]}
+    written = made.manifest["lm_eval"]["mine"]
+    assert written["base"]["t_group"] == {"acc,none": expected["groups"]["t_group"]["acc,none"], "sample_len": 24}
+    assert written["base"]["t_corpus"]["mcc,none"] == expected["results"]["t_corpus"]["mcc,none"]
+    assert written["tuned"].keys() == written["base"].keys() == {"t_group", "t_choices", "t_corpus"}
+    seen = observations.read(made.path / observations.FILE)
+    assert all(one.logprobs and one.item["right"] is not None for one in seen) and len(seen) == 48
+    records = scores.read(made.path / scores.FILE)
+    accuracy = [one.value for one in records if (one.arm, one.metric) == ("base", "acc")]
+    assert np.mean(accuracy) == pytest.approx(written["base"]["t_group"]["acc,none"])
+    assert {one.slices["task"] for one in records} == {"t_choices", "t_corpus"}
     assert list(tasks.load(["t_tag"], place).tasks) == ["t_choices", "t_writes"]
     for name in ("t_tag", "t_choices", "t_group"):
         variant = tasks.load([{"task": name, "num_fewshot": 4}], place)

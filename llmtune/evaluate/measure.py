@@ -228,8 +228,15 @@ def _lm_eval(arm: Arm, suite: Suite, name: str, model: Any, tokenizer: Any) -> I
 
     say(f"  {arm.name}: {suite.name}, lm-eval's {name}")
     wanted = suite.config
-    options = {"chat_template": wanted.chat_template, "unsafe_code": wanted.unsafe_code, "limit": wanted.limit}
-    result = capability.run(model, tokenizer, suite.tasks[name], arm.batch_size, **options)
+    result = capability.run(
+        model,
+        tokenizer,
+        suite.tasks[name],
+        arm.batch_size,
+        limit=wanted.limit,
+        chat_template=wanted.chat_template,
+        unsafe_code=wanted.unsafe_code,
+    )
     for note in result.notes:
         say(f"  note: lm-eval's {name}: {note}")
     table: dict[str, float | None] | None = {**result.aggregates, "sample_len": result.sample_len}
