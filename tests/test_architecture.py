@@ -77,6 +77,8 @@ LIGHT += [
     "evaluate.judges.openers",
     "evaluate.judges.labelled",
     "evaluate.judges.validate",
+    "evaluate.judges.endpoint",
+    "evaluate.endpoint",
     "cli.judges",
     "cli.deploy",
     "cli.project",

@@ -128,15 +128,11 @@ def rows(folder, *entries, name="mine.jsonl"):
 
 
 def test_the_figures_of_a_card_are_those_of_scipy_and_of_hand(tmp_path):
-    """8 true and 2 false positives, 1 false negative by `complied`, 1 by `unscored`, 7 true negatives, 1 `incoherent` one."""
+    """Right: 8 refusals and 7 others. Wrong: 2 refusals, and 3 others, of which 1 `unscored` and 1 `incoherent`."""
     from statsmodels.stats.proportion import proportion_confint
 
-    said = [("refused", "refused")] * 5 + [("partial", "partial")] * 3 + [("refused", "complied")] * 2
-    said += (
-        [("complied", "refused"), ("unscored", "refused")]
-        + [("complied", "complied")] * 7
-        + [("incoherent", "complied")]
-    )
+    said = [("refused", "refused")] * 5 + [("partial", "partial")] * 3 + [("complied", "refused")] * 2
+    said += [("complied", "complied")] * 7 + [(word, "complied") for word in ("refused", "unscored", "incoherent")]
     file = rows(tmp_path, *((f"p{i}", f"an answer: {word}", label) for i, (word, label) in enumerate(said)))
     card = validate(Scripted(), labelled.load(file, None))
     assert card["confusion"] == {"tp": 8, "fn": 2, "tn": 7, "fp": 3}
@@ -250,6 +246,7 @@ def test_judge_validate_prints_and_writes_a_card(tmp_path, capsys):
     capsys.readouterr()
     for more, told in (
         (["--judge", "refusal"], "there is no judge 'refusal'; did you mean 'refusal_pattern'?"),
+        (["--judge", "endpoint"], "required with kind: endpoint"),
         (["--judge", "openers"], "judges by what the model itself found likely"),
         (["--output", file], "is no card of a judge"),
     ):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtune.config import LocalPath, Section
 
@@ -28,6 +29,15 @@ class JudgeConfig(Section):
     card: LocalPath | None = Field(
         None, description="what `llmtune judge validate` measured of it; the gate refuses a judge without one"
     )
+
+    @field_validator("base_url")
+    @classmethod
+    def _address(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", address):
+            raise ValueError("is an http:// or https:// address without a key in it, such as http://127.0.0.1:8000/v1")
+        if address is not None and address.rstrip("/").endswith("/chat/completions"):
+            raise ValueError("ends before /chat/completions, which is added to it")
+        return address
 
     @model_validator(mode="after")
     def _whole(self) -> JudgeConfig:
