@@ -1,4 +1,4 @@
-"""Two plots as plain SVG text, in light and dark, alone or inside a page: training curves and a forest of deltas."""
+"""Plots as plain SVG text, in light and dark, alone or inside a page: training curves, deltas, reliability of confidences."""
 
 from __future__ import annotations
 
@@ -61,34 +61,72 @@ def curves_svg(metrics: Sequence[Row], width: int = 960) -> str:
 def forest_svg(rows: Sequence[Row], width: int = 960) -> str:
     """A line a row: the delta with its interval against no change and the margin. Right is better, whatever the metric.
 
-    A row has group, label, detail, figures (texts), verdict, higher_is_better, and delta, low, high, threshold (where
-    the margin lies) as numbers in the metric's unit or None. Units differ, so each row has its own scale.
+    A row has group, label, detail, figures, own (texts; own: of the model's own limit, or None), verdict, higher_is_better,
+    and delta, low, high, threshold (where the margin lies), floor_at (where the own limit lies) as numbers in the metric's
+    unit or None. Units differ, so each row has its own scale; an own limit far beyond it is said and not drawn.
     """
     wide, group, y = width > 600, None, 22.0
-    start, end, height, drop = (width * 0.315, width * 0.645, 50, 26) if wide else (8, width - 8, 106, 84)
+    start, end = (width * 0.315, width * 0.645) if wide else (8, width - 8)
     parts = [text(start, 14, "← worse", "muted"), text(end, 14, "better →", "muted", "end")]
-    parts.append(text(centre := (start + end) / 2, 14, "no change", "muted", "middle"))
+    parts.append(text((start + end) / 2, 14, "no change", "muted", "middle"))
     for row in rows:
         if row["group"] != group:
             group, y = row["group"], y + 36
             parts += [text(0, y - 9, group, bold=True), line([(0, y), (width, y)])]
-        (colour, word), mid = WORDS.get(row["verdict"], ("muted", "reported")), y + drop
+        (colour, word), own = WORDS.get(row["verdict"], ("muted", "reported")), row.get("own")
         parts += [text(0, y + 22, row["label"]), text(0, y + 40, row["detail"], "muted")]
-        parts.append(text(width * 0.67 if wide else 0, y + (31 if wide else 60), row["figures"]))
+        parts.append(text(width * 0.67 if wide else 0, y + ((22 if own else 31) if wide else 60), row["figures"]))
         parts.append(text(width, y + (31 if wide else 22), word, colour, "end", bold=colour != "muted"))
-        sign = -1 if row["higher_is_better"] is False else 1
-        marks = {key: sign * row[key] for key in ("delta", "low", "high", "threshold") if finite(row.get(key))}
-        most = max(map(abs, marks.values()), default=0) or 1
-        at = {key: centre + value / most * (end - start) * 0.47 for key, value in marks.items()} | {"zero": centre}
-        strokes = [("zero", 14, "muted", 1), ("threshold", 14, "margin", 1.6)]
-        strokes += [("low", 5, colour, 2), ("high", 5, colour, 2)]
-        parts += [line([(start, mid), (end, mid)])]
-        parts += [line([(at[key], mid - up), (at[key], mid + up)], c, w) for key, up, c, w in strokes if key in at]
-        parts.append(line([(at[key], mid) for key in ("low", "high") if key in at], colour, 3.5))
-        spot = [(at["delta"], mid)] * 2 if "delta" in at else []
-        parts += [line(spot, colour, 12), line(spot, colour if colour in ("pass", "fail") else "paper", 7)]
-        y += height
+        parts += [text(width * 0.67 if wide else 0, y + (40 if wide else 78), own, "muted")] if own else []
+        parts += _interval(row, start, end, y + (26 if wide else 102 if own else 84), colour)
+        y += 50 if wide else 124 if own else 106
     return svg(width, y + 6, "Change per metric", f"{len(rows)} rows; the table has the same figures.", *parts)
+
+
+def interval_svg(row: Row, most: float, width: int = 220) -> str:
+    """One row of a forest without words, for a cell of a table: its delta, interval and margin on a scale of -most to most."""
+    colour, word = WORDS.get(row["verdict"], ("muted", str(row["verdict"]).lower()))
+    return svg(width, 28, "Change", f"{row['figures']}, {word}", *_interval(row, 2, width - 2, 14, colour, most))
+
+
+def _interval(row: Row, start: float, end: float, mid: float, colour: str, most: float = 0) -> list[str]:
+    sign, centre = -1 if row["higher_is_better"] is False else 1, (start + end) / 2
+    marks = {key: sign * row[key] for key in ("delta", "low", "high", "threshold") if finite(row.get(key))}
+    most = most or max(map(abs, marks.values()), default=0) or 1
+    if finite(row.get("floor_at")) and abs(row["floor_at"]) <= 3 * most:
+        marks["floor_at"] = sign * row["floor_at"]
+        most = max(most, abs(row["floor_at"]))
+    at = {key: centre + value / most * (end - start) * 0.47 for key, value in marks.items()} | {"zero": centre}
+    strokes = [("zero", 14, "muted", 1), ("threshold", 14, "margin", 1.6), ("low", 5, colour, 2), ("high", 5, colour, 2)]
+    parts = [line([(start, mid), (end, mid)])]
+    parts += [line([(at[key], mid - up), (at[key], mid + up)], c, w) for key, up, c, w in strokes if key in at]
+    own = [at["floor_at"] + side for side in (-2.5, 2.5)] if "floor_at" in at else []
+    parts += [line([(x, mid - 14), (x, mid + 14)], "ink", 1.4) for x in own]
+    parts.append(line([(at[key], mid) for key in ("low", "high") if key in at], colour, 3.5))
+    spot = [(at["delta"], mid)] * 2 if "delta" in at else []
+    return [*parts, line(spot, colour, 12), line(spot, colour if colour in ("pass", "fail") else "paper", 7)]
+
+
+def reliability_svg(bins: Sequence[Row], title: str, size: int = 300) -> str:
+    """Accuracy over confidence, a dot a bin whose area is its number of items; on the dashed line confidence is right.
+
+    bins: {"confidence", "accuracy", "n"} each. Above the line the model knows more than it says, below it less.
+    """
+    left, top, side = 44, 12, size - 56
+    x, y = (lambda value: left + value * side), (lambda value: top + (1 - value) * side)
+    parts = [line([(x(0), y(0)), (x(1), y(1))], "margin", 1.6)]
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        parts += [line([(x(0), y(value)), (x(1), y(value))]), text(left - 8, y(value) + 4, f"{value * 100:g}", "muted", "end")]
+        parts.append(text(x(value), y(0) + 18, f"{value * 100:g}", "muted", "middle"))
+    kept = [one for one in bins if finite(one["confidence"]) and finite(one["accuracy"]) and one["n"] > 0]
+    total = sum(one["n"] for one in kept)
+    for one in kept:
+        across, up, right = x(one["confidence"]), y(one["accuracy"]), y(one["confidence"])
+        parts.append(line([(across, right), (across, up)], "train", 2))
+        parts.append(line([(across, up)] * 2, "train", 5 + 22 * math.sqrt(one["n"] / total)))
+    parts.append(text(x(0.5), size - 2, "confidence, % (up: right, %)", "muted", "middle"))
+    said = "; ".join(f"at {one['confidence']:.0%} confidence {one['accuracy']:.0%} right of {one['n']:g}" for one in kept)
+    return svg(size, size + 4, title, said or "no items", *parts)
 
 
 def scale(values: Sequence[float], start: float, end: float, pad: float = 0, most: int = 5) -> Scale:

@@ -1,0 +1,103 @@
+"""A run as one HTML page that needs nothing else: verdict, every change, what flipped, judges, costs, where it came from."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+
+from llmtune import artifact, plots, scores
+from llmtune.errors import ArtifactError
+from llmtune.report import changes, items, measured, wording
+
+FILE = "report.html"
+STEPS = ("adapter", "model", "scores", "verdict", "merged")
+HERE = Path(__file__).parent
+
+
+def build(run: Path, output: Path | None = None) -> artifact.Artifact:
+    """Write `report.html` on whatever is finished in `run` as a report artifact at `output` (`run/report`), replacing a former one.
+
+    Where there is a verdict, `report.json` and what the verdict writes for others lie beside it. The page names the steps that
+    are missing. Raises ArtifactError when nothing is finished, when a file was changed since it was written, or when something
+    else lies at `output`.
+    """
+    output = output or run / "report"
+    steps = {name: artifact.read(run / name) for name in STEPS if artifact.complete(run / name)}
+    if not steps:
+        raise ArtifactError(f"{run}: nothing to report on; none of {', '.join(STEPS)} is finished in it")
+    if output.exists() and not (output / FILE).is_file():
+        raise ArtifactError(f"{output}: exists and is not a report; choose another folder, or move it away")
+    content = _content(run, steps)
+    with artifact.writing(output, "report", list(steps.values()), replace=True) as draft:
+        (draft.path / FILE).write_text(_render(content), encoding="utf-8")
+        if content["verdict"]:
+            (draft.path / "report.json").write_text(json.dumps(_summary(content), indent=1), encoding="utf-8")
+    return artifact.read(output, "report")
+
+
+def _render(content: Mapping[str, Any]) -> str:
+    pages = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=ChainableUndefined, finalize=wording.visible,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    pages.filters |= {"figure": wording.figure, "metric_name": wording.name, "cut": _cut}
+    pages.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
+    pages.filters["compact"] = lambda value: json.dumps(value, ensure_ascii=False)
+    script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return pages.get_template("page.html.jinja").render(**content, script=script, script_sha256=digest, style=style)
+
+
+def _cut(text: str) -> str:
+    """A text that is too long for a page, with what is left out counted."""
+    more = len(text) - items.LONGEST
+    return text if more <= 0 else f"{text[: items.LONGEST]}\n[{more:,} more characters stand in scores.jsonl]"
+
+
+def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any]:
+    """What the templates show: figures of the steps' own files, and counts of their records."""
+    facts = {name: step.manifest for name, step in steps.items()}
+    folder, scored = run / "scores", facts.get("scores", {})
+    arms = {role: name for role in ("base", "few_shot", "tuned") if (name := (scored.get("arms") or {}).get(role))}
+    records = scores.read(folder / scores.FILE) if "scores" in steps else []
+    records = [score for score in records if score.arm in arms.values()]
+    verdict = measured.stored(run / "verdict" / "verdict.json") if "verdict" in steps else None
+    about, asked = scored.get("suites") or {}, verdict["rows"] if verdict else []
+    wanted = {row["suite"] for row in asked if row["rule"].startswith("better") or row["versus"] == arms.get("few_shot")}
+    wanted |= {score.suite for score in records if score.arm == arms.get("few_shot")}
+    groups = wording.groups([*((row["suite"], row["metric"]) for row in asked), *((s.suite, s.metric) for s in records)], wanted, about)
+    audit = items.audit(run / "audit.jsonl", steps["scores"].sha256 if "scores" in steps else None)
+    found = items.collect(records, items.lines(folder / "items.jsonl"), arms, audit["said"])
+    rows = changes.told(verdict, groups, scored.get("noise_floor") or {}) if verdict else []
+    logged = items.lines(run / ("adapter" if "adapter" in steps else "model") / "metrics.jsonl")
+    older = scored.get("cost") if isinstance(scored.get("cost"), dict) else None
+    widths = {"wide": 960, "narrow": 340}
+    return {
+        "run": shlex.quote(str(run)), "title": run.resolve().name, "steps": steps, "facts": facts, "arms": arms, "groups": wording.GROUPS,
+        "verdict": verdict, "decision": changes.DECISIONS[verdict["verdict"]] if verdict else None, "rows": rows,
+        "nearest": changes.nearest(rows), "slices": changes.slices(verdict, groups) if verdict else [], "rung": changes.rung(rows),
+        "examples": items.examples(found, groups), "suites": items.shown(found, groups, about), "tags": items.tags(found),
+        "flips": items.counted(records, found, arms), "audit": audit, "excluded": items.excluded(found),
+        "outcomes": items.outcomes(found, arms), "outcome_names": wording.OUTCOMES, "answering": items.answering(records, arms),
+        "judges": measured.judges(scored.get("judges"), records), "card_names": measured.CARD,
+        "calibration": measured.calibration(measured.stored(folder / "calibration.json"), arms),
+        "cost": measured.cost(cost := measured.stored(folder / "cost.json"), arms), "cost_of": cost, "older_cost": older,
+        "shift": measured.stored(folder / "shift.json"), "logged": logged,
+        "forest": {size: plots.forest_svg(rows, width) for size, width in widths.items()},
+        "curves": {size: plots.curves_svg(logged, width) for size, width in widths.items()},
+    }  # fmt: skip
+
+
+def _summary(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`report.json`: the verdict as it stands, and what the page counts beside it. It holds no prompt and no answer."""
+    audit = {key: content["audit"][key] for key in ("n", "agreed", "rows", "earlier")}
+    kept = {key: content[key] for key in ("flips", "excluded", "outcomes", "answering")}
+    artifacts = {name: step.sha256 for name, step in content["steps"].items()}
+    return {"decision": content["decision"][0].lower(), "artifacts": artifacts, **kept, "audit": audit, "verdict": content["verdict"]}

@@ -1,0 +1,97 @@
+"""The verdict in the words of the page: a row a metric, the slices of those that gate, and what examples alone would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmtune import plots
+from llmtune.report.wording import GROUPS, PLAIN, UNITS, Rows, figure, name, visible
+
+DECISIONS = {
+    "PASS": ("Promote", "The tuned model may replace its base."),
+    "FAIL": ("Reject", "The tuned model must not replace its base."),
+    "INCONCLUSIVE": ("Hold", "These items cannot decide; the base stays until more of them do."),
+}
+
+
+def told(verdict: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str, Any]) -> Rows:
+    """The rows of the verdict, by group, those that gate first. noise: suite -> metric -> what the base differs from itself by."""
+    base = verdict["arms"]["base"]
+    examples = {(row["suite"], row["metric"]): row["base"] for row in verdict["rows"] if row["versus"] != base}
+    rows = [_told(row, groups, noise) for row in verdict["rows"]]
+    for row in rows:
+        row["against_base"] = row["versus"] == base
+        row["few_shot"] = examples.get((row["suite"], row["metric"])) if row["against_base"] else None
+        row["detail"] = f"{row['n']} items, {row['asked'] if row['against_base'] else 'against ' + row['versus']}"
+    return sorted(rows, key=lambda row: (GROUPS.index(row["group"]), not row["against_base"], not row["verdict"]))
+
+
+def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str, Any]) -> dict[str, Any]:
+    metric, margin, floor = row["metric"], row["margin"], row.get("floor")
+    factor, _, level, unit = UNITS.get(metric, PLAIN)
+    delta, low, high = (figure(row[key], metric, signed=True, unit=False) for key in ("delta", "low", "high"))
+    side = 1 if row["higher_is_better"] == row["rule"].startswith("better") else -1
+    asked = row["rule"] if margin is None else f"{row['rule']} {margin * factor:g}{unit}"
+    own = f"{figure(row['tuned'], metric)} itself, {floor['rule']} {figure(floor['limit'], metric)}" if floor else None
+    floor_at = floor["limit"] - row["base"] if floor and row["base"] is not None else None
+    return {
+        **row,
+        "name": name(metric),
+        "group": groups[row["suite"]],
+        "unit": level,
+        "label": visible(f"{row['suite']}: {name(metric)}{' (floor effect)' if row['floor_effect'] else ''}"),
+        "asked": asked,
+        "own": own,
+        "threshold": None if margin is None else side * margin,
+        "floor_at": floor_at,  # where, as a change from this base, the model's own limit lies
+        "figures": f"{delta} [{low}, {high}]{unit}",
+        "noise": _noise(row.get("noise") or noise.get(row["suite"], {}).get(metric), metric),
+        "notes": row.get("notes") or [],
+    }
+
+
+def _noise(measured: Mapping[str, Any] | None, metric: str) -> str | None:
+    """How far the base is from itself when nothing but the batch size changes."""
+    if not measured:
+        return None
+    flips = f"{measured['flips']:g} of {measured['items']:g} items flip, "
+    mean = figure(measured["mean_abs_delta"], metric)
+    return f"base against itself: {flips if measured.get('flips') is not None else ''}{mean} on average"
+
+
+def nearest(rows: Rows) -> dict[str, Any] | None:
+    """Of the gating rows that pass, the one whose bound leaves the least of its margin."""
+    left = {}
+    for i, row in enumerate(rows):
+        bound = row["low"] if row["higher_is_better"] else row["high"]
+        if row["verdict"] == "PASS" and row["margin"] and bound is not None:
+            left[i] = abs(bound - row["threshold"]) / row["margin"]
+    return rows[min(left, key=lambda i: left[i])] if left else None
+
+
+def slices(verdict: Mapping[str, Any], groups: Mapping[str, str]) -> Rows:
+    """A gating metric each: its slices in order of their fields, drawn on one scale. The failing ones are counted."""
+    found: dict[tuple[str, str], Rows] = {}
+    for row in verdict.get("slices") or []:
+        found.setdefault((row["suite"], row["metric"]), []).append(_told(row, groups, {}))
+    made = []
+    for (suite, metric), rows in found.items():
+        numbers = [abs(row[key]) for row in rows for key in ("delta", "low", "high", "threshold") if plots.finite(row[key])]
+        for row in rows:
+            row["field"], row["value"] = row["slice"]
+            row["plot"] = plots.interval_svg(row, max(numbers, default=0) or 1)
+        counts = {word: sum(row["verdict"] == word for row in rows) for word in ("FAIL", "INSUFFICIENT", "INCONCLUSIVE", "PASS")}
+        made.append({"suite": suite, "metric": metric, "name": name(metric), "group": groups[suite], "rows": rows, "counts": counts})
+    return sorted(made, key=lambda one: (GROUPS.index(one["group"]), -one["counts"]["FAIL"]))
+
+
+def rung(rows: Rows) -> Rows:
+    """What examples in the prompt give beside what the tune gives: a row a metric in which the tune changed anything."""
+    found = []
+    for row in rows:
+        if row["few_shot"] is not None and row["base"] is not None and row["tuned"] is not None:
+            gained, given = row["tuned"] - row["base"], row["few_shot"] - row["base"]
+            better = gained > 0 if row["higher_is_better"] else gained < 0
+            found.append({**row, "given": given, "share": given / gained if better else None})
+    return found

@@ -1,0 +1,203 @@
+"""Item by item: the answers of all arms side by side, what flipped between base and tuned, and what people said of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtune.config.metrics import METRICS
+from llmtune.report.wording import GROUPS, OUTCOMES, UNITS, Rows, name
+from llmtune.scores import Score
+
+MOST = 1500
+"""Items on one page, the flipped ones first; 300 of one suite."""
+MOST_OF_SUITE = 300
+LONGEST = 6000
+"""Characters of a text on the page; the whole one stands in scores.jsonl."""
+GRADED = {metric for metric in METRICS if UNITS.get(metric, (1,))[0] == 1} | {"repetition", "preferred"}
+WAYS = ("worse", "better", "same", "none")
+PLACE = re.compile(r":\d+$")  # a line of a file is no reason of its own
+Item = dict[str, Any]
+
+
+def lines(file: Path) -> Rows:
+    """The objects of a JSONL file, none where there is no such file."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def collect(records: Sequence[Score], known: Rows, arms: Mapping[str, str], audited: Rows) -> list[Item]:
+    """Every item with its arms' answers and marks, its flips, and the human verdicts on them.
+
+    known: `items.jsonl`; an item that is only in the records (of lm-eval, of an old evaluation) is made from them.
+    """
+    found = {(item["suite"], item["item_id"]): {**item, "answers": {}} for item in known}
+    for score in records:
+        item = found.setdefault((score.suite, score.item_id), {"suite": score.suite, "item_id": score.item_id, "answers": {}})
+        item["slices"] = item.get("slices") or score.slices
+        item["excluded"] = item.get("excluded") or score.excluded
+        answer = item["answers"].setdefault(score.arm, {"text": None, "outcome": None, "marks": []})
+        answer["text"] = score.response if answer["text"] is None else answer["text"]
+        answer["outcome"] = answer["outcome"] or score.outcome
+        answer["marks"].append((score.metric, score.value))
+    for flip in flips(records, arms):
+        found[flip["suite"], flip["item_id"]].setdefault("flips", []).append(flip)
+    for said in audited:
+        if item := found.get((said["suite"], said["item_id"])):
+            item.setdefault("audited", []).append(said)
+    return list(found.values())
+
+
+def binary(records: Iterable[Score]) -> set[tuple[str, str]]:
+    """The metrics, by suite, whose values are 0, 1 or missing."""
+    values: dict[tuple[str, str], set[float | None]] = {}
+    for score in records:
+        values.setdefault((score.suite, score.metric), set()).add(score.value)
+    return {(suite, metric) for (suite, metric), seen in values.items() if metric not in GRADED and seen <= {0, 1, None}}
+
+
+def flips(records: Sequence[Score], arms: Mapping[str, str]) -> Rows:
+    """Whatever differs between base and tuned in a 0/1 metric: in value, or in what the judge saw.
+
+    A missing value is the worst one of the tuned arm and the best one of the base, as the gate counts it.
+    """
+    pairs: dict[tuple[str, str, str], dict[str, Score]] = {}
+    kinds = binary(records)
+    for score in records:
+        if (score.suite, score.metric) in kinds:
+            pairs.setdefault((score.suite, score.metric, score.item_id), {})[score.arm] = score
+    made = []
+    for (suite, metric, item_id), by_arm in pairs.items():
+        base, tuned = (by_arm.get(arms.get(role, "")) for role in ("base", "tuned"))
+        if base and tuned and (base.value, base.outcome) != (tuned.value, tuned.outcome):
+            good = int(base.higher_is_better)
+            before, after = (good if base.value is None else base.value), (1 - good if tuned.value is None else tuned.value)
+            way = "same" if before == after else "better" if after == good else "worse"
+            made.append({"suite": suite, "metric": metric, "item_id": item_id, "name": name(metric), "way": way,
+                         "before": _said(base), "after": _said(tuned)})  # fmt: skip
+    return made
+
+
+def _said(score: Score) -> str:
+    if score.outcome:
+        return score.outcome
+    if score.value is None:
+        return "not scored"
+    right = score.metric.startswith(("acc", "exact_match"))
+    return ("right" if score.value else "wrong") if right else ("yes" if score.value else "no")
+
+
+def counted(records: Sequence[Score], found: Iterable[Item], arms: Mapping[str, str]) -> Rows:
+    """A row a 0/1 metric: how many items count in it, and how many of them flipped which way."""
+    counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in sorted(binary(records))}
+    for score in records:
+        if (score.suite, score.metric) in counts and score.arm == arms.get("tuned") and not score.excluded:
+            counts[score.suite, score.metric]["n"] += 1
+    for item in found:
+        for flip in () if item.get("excluded") else item.get("flips", ()):
+            counts[flip["suite"], flip["metric"]][flip["way"]] += 1
+    return [
+        {"suite": suite, "metric": metric, "name": name(metric)} | {key: ways[key] for key in ("n", *WAYS)}
+        for (suite, metric), ways in counts.items()
+        if ways["n"]
+    ]
+
+
+def shown(found: Iterable[Item], groups: Mapping[str, str], about: Mapping[str, Any]) -> Rows:
+    """Suite by suite the items for the page: those that flipped for the worse first, and how many are left out."""
+    suites: dict[str, list[Item]] = {}
+    for item in found:
+        if item["answers"]:
+            suites.setdefault(item["suite"], []).append(item)
+    made, room = [], MOST
+    for suite in sorted(suites, key=lambda suite: GROUPS.index(groups[suite])):
+        items = suites[suite]
+        for item in items:
+            item["flips_by"] = {flip["metric"]: flip["way"] for flip in item.get("flips", ())}
+            item["tags"] = [f"{field}: {value}" for field, value in (item.get("slices") or {}).items()]
+        kept = sorted(items, key=lambda item: WAYS.index(_way(item)))[: min(MOST_OF_SUITE, room)]
+        room -= len(kept)
+        made.append({
+            "name": suite, "group": groups[suite], "description": (about.get(suite) or {}).get("description"),
+            "n": len(items), "shown": len(kept), "flipped": sum(_way(item) != "none" for item in items),
+            "hidden": any(item.get("hidden") for item in items),
+            "ways": {way: own for way in WAYS if (own := [item for item in kept if _way(item) == way])},
+        })  # fmt: skip
+    return made
+
+
+def tags(found: Iterable[Item]) -> list[str]:
+    """The slices that may be chosen, `field: value`, in order."""
+    return sorted({tag for item in found for tag in item.get("tags", ())})
+
+
+def _way(item: Item) -> str:
+    """The worst that happened to it."""
+    return min((flip["way"] for flip in item.get("flips", ())), key=WAYS.index, default="none")
+
+
+def examples(found: Sequence[Item], groups: Mapping[str, str], most: int = 8) -> dict[str, Any] | None:
+    """The first items of the first suite that was answered in words and may be shown openly, in the order of the file."""
+    worded = [item for item in found if not item.get("hidden") and any(a["text"] is not None for a in item["answers"].values())]
+    suites = sorted({item["suite"] for item in worded}, key=lambda suite: GROUPS.index(groups[suite]))
+    own = [item for item in worded if item["suite"] == suites[0]] if suites else []
+    return {"name": suites[0], "n": len(own), "items": own[:most]} if own else None
+
+
+def excluded(found: Iterable[Item]) -> Rows:
+    """Items that decide nothing, by suite and reason."""
+    counts = Counter((i["suite"], PLACE.sub("", i["excluded"])) for i in found if i.get("excluded"))
+    return [{"suite": suite, "reason": reason, "n": n} for (suite, reason), n in counts.items()]
+
+
+def outcomes(found: Iterable[Item], arms: Mapping[str, str]) -> Rows:
+    """What the judge saw: suite and arm -> how many answers of each outcome, excluded items aside."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for item in found:
+        for arm, answer in item["answers"].items():
+            if answer["outcome"] and not item.get("excluded"):
+                counts.setdefault((item["suite"], arm), Counter())[answer["outcome"]] += 1
+    order = list(arms.values())
+    keys = sorted(counts, key=lambda key: (list(dict.fromkeys(k[0] for k in counts)).index(key[0]), order.index(key[1])))
+    return [{"suite": suite, "arm": arm, "n": counts[suite, arm].total(), **{word: counts[suite, arm][word] for word in OUTCOMES}}
+            for suite, arm in keys]  # fmt: skip
+
+
+def answering(records: Iterable[Score], arms: Mapping[str, str]) -> Rows:
+    """How each arm answers, suite by suite: mean length, how many end by themselves, and how much of it is said again."""
+    seen: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for score in records:
+        of_answer = score.metric in METRICS and METRICS[score.metric].probe == "answer"
+        kept = seen.setdefault((score.suite, score.arm), {}) if of_answer and not score.excluded else {}
+        if score.tokens is not None:
+            kept.setdefault("tokens", {})[score.item_id] = score.tokens
+        if score.response is not None:
+            kept.setdefault("empty", {})[score.item_id] = float(not score.response.strip())
+        if score.metric in ("stops", "repetition", "incoherent") and score.value is not None:
+            kept.setdefault(score.metric, {})[score.item_id] = score.value
+    order = list(arms.values())
+    rows = [
+        {"suite": suite, "arm": arm, "n": max(map(len, kept.values()))}
+        | {key: sum(values.values()) / len(values) for key, values in kept.items()}
+        for (suite, arm), kept in seen.items()
+        if kept
+    ]
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    return sorted(rows, key=lambda row: (suites.index(row["suite"]), order.index(row["arm"])))
+
+
+def audit(file: Path, scores_sha256: str | None) -> dict[str, Any]:
+    """Human verdicts from `audit.jsonl`: the last word on each item of these very scores, and how often the judge agreed."""
+    said = lines(file)
+    last = {tuple(one[key] for key in ("suite", "metric", "item_id", "arm")): one for one in said if one["scores_sha256"] == scores_sha256}
+    kept = [{**one, "agrees": one["verdict"] == one["outcome"]} for one in last.values()]
+    by: dict[tuple[str, str], list[bool]] = {}
+    for one in kept:
+        by.setdefault((one["suite"], one["metric"]), []).append(one["agrees"])
+    rows = [{"suite": suite, "metric": metric, "n": len(agreed), "agreed": sum(agreed)} for (suite, metric), agreed in by.items()]
+    earlier = sum(one["scores_sha256"] != scores_sha256 for one in said)
+    return {"said": kept, "rows": rows, "n": len(kept), "agreed": sum(one["agrees"] for one in kept), "earlier": earlier}

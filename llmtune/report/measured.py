@@ -1,0 +1,79 @@
+"""What was measured beside the scores: judges and their cards, calibration, cost, domain shift. Each may be absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtune import plots
+from llmtune.report.wording import Rows
+from llmtune.scores import Score
+
+CARD = {
+    "accuracy": "right",
+    "sensitivity": "sees what is there",
+    "specificity": "sees nothing where nothing is",
+    "kappa": "agreement beyond chance (kappa)",
+}
+PERCENTILES = ("p50", "p90", "p99")
+
+
+def stored(file: Path) -> dict[str, Any]:
+    """The object in `file`, empty where there is no such file."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def judges(facts: Mapping[str, Any] | None, records: Sequence[Score]) -> Rows:
+    """A judge each: what it judged here, and its card. Judges that only the records name have none."""
+    used: dict[tuple[str, str], dict[str, None]] = {}
+    for score in records:
+        if score.judge:
+            used.setdefault((score.judge["id"], score.judge["version"]), {})[f"{score.suite}.{score.metric}"] = None
+    known = facts or {}
+    keys = [*used, *((name, about["version"]) for name, about in known.items() if (name, about["version"]) not in used)]
+    return [
+        {"id": name, "version": version, "metrics": list(used.get((name, version), {})), "card": (known.get(name) or {}).get("card")}
+        for name, version in keys
+    ]
+
+
+def calibration(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
+    """A suite each: the arms in order with their figures and reliability diagram, and the slices."""
+    made = []
+    for suite, entry in found.items():
+        own = [{"arm": arm, "role": role, **entry[arm]} for role, arm in arms.items() if arm in entry]
+        for figures in own:
+            title = f"{suite}: reliability of {figures['arm']}"
+            figures["plot"] = plots.reliability_svg(figures["bins"], title) if figures.get("bins") else ""
+        slices = [
+            {"field": field, "value": value, "arms": [{"arm": arm, **of_arm[arm]} for arm in arms.values() if arm in of_arm]}
+            for field, values in (entry.get("slices") or {}).items()
+            for value, of_arm in values.items()
+        ]
+        made.append({"suite": suite, "n": entry["n"], "classes": entry.get("classes"), "arms": own, "slices": slices})
+    return made
+
+
+def cost(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
+    """A row a measure: its value in each arm that has one, and tuned over base."""
+    measures = [(key, label, (key,), kind) for key, label, kind in (
+        ("size_bytes", "size on disk", "size"), ("parameters", "parameters", "count"), ("peak_bytes", "peak memory", "size"))]  # fmt: skip
+    for key, label in (("first_token_s", "time to the first token"), ("per_token_s", "time for each further token")):
+        measures += [(key, f"{label}, {p[1:]} % within" if p != "p50" else f"{label}, median", (key, p), "time") for p in PERCENTILES]
+    measures.append(("tokens_per_s", "tokens a second", ("tokens_per_s",), "rate"))
+    rows = []
+    for _, label, path, kind in measures:
+        values = {arm: _at(found.get(arm) or {}, path) for arm in arms.values()}
+        if any(value is not None for value in values.values()):
+            base, tuned = values.get(arms.get("base", "")), values.get(arms.get("tuned", ""))
+            ratio = tuned / base if tuned is not None and base else None
+            rows.append({"label": label, "kind": kind, "values": values, "ratio": ratio})
+    return rows
+
+
+def _at(found: Any, path: Sequence[str]) -> float | None:
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if plots.finite(found) else None
