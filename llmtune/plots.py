@@ -86,7 +86,7 @@ def forest_svg(rows: Sequence[Row], width: int = 960) -> str:
 def interval_svg(row: Row, most: float, width: int = 220) -> str:
     """One row of a forest without words, for a cell of a table: its delta, interval and margin on a scale of -most to most."""
     colour, word = WORDS.get(row["verdict"], ("muted", str(row["verdict"]).lower()))
-    return svg(width, 28, "Change", f"{row['figures']}, {word}", *_interval(row, 2, width - 2, 14, colour, most))
+    return svg(width, 28, "Change", f"{row['figures']}, {word}", *_interval(row, 2, width - 2, 14, colour, most), alone=False)
 
 
 def _interval(row: Row, start: float, end: float, mid: float, colour: str, most: float = 0) -> list[str]:
@@ -126,7 +126,7 @@ def reliability_svg(bins: Sequence[Row], title: str, size: int = 300) -> str:
         parts.append(line([(across, up)] * 2, "train", 5 + 22 * math.sqrt(one["n"] / total)))
     parts.append(text(x(0.5), size - 2, "confidence, % (up: right, %)", "muted", "middle"))
     said = "; ".join(f"at {one['confidence']:.0%} confidence {one['accuracy']:.0%} right of {one['n']:g}" for one in kept)
-    return svg(size, size + 4, title, said or "no items", *parts)
+    return svg(size, size + 4, title, said or "no items", *parts, alone=False)
 
 
 def scale(values: Sequence[float], start: float, end: float, pad: float = 0, most: int = 5) -> Scale:
@@ -163,9 +163,15 @@ def line(at: Sequence[Point], colour: str = "line", width: float = 1, opacity: f
     return f'<polyline class="s-{colour}" stroke-width="{width}" opacity="{opacity}" points="{kept}"/>' if at else ""
 
 
-def svg(width: float, height: float, title: str, description: str, *parts: str) -> str:
-    rules = [[f".plot .f-{c}{{fill:{p[i]}}}.plot .s-{c}{{stroke:{p[i]}}}" for c, p in COLOURS.items()] for i in (0, 1)]
-    style = f"{STYLE}{''.join(rules[0])}@media screen and (prefers-color-scheme:dark){{{''.join(rules[1])}}}"
+def svg(width: float, height: float, title: str, description: str, *parts: str, alone: bool = True) -> str:
+    """alone: it brings the colours along; else the page around it has them, from `rules`."""
     frame = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-    head = f"<title>{escape(title)}</title><desc>{escape(description)}</desc><style>{style}</style>"
+    style = f"<style>{rules()}</style>" if alone else ""
+    head = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{style}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" {frame}>{head}{"".join(parts)}</svg>\n'
+
+
+def rules() -> str:
+    """The colours of all plots, on light and on dark paper."""
+    light, dark = ("".join(f".plot .f-{c}{{fill:{p[i]}}}.plot .s-{c}{{stroke:{p[i]}}}" for c, p in COLOURS.items()) for i in (0, 1))
+    return f"{STYLE}{light}@media screen and (prefers-color-scheme:dark){{{dark}}}"

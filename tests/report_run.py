@@ -39,8 +39,8 @@ class Writer:
         self.items: list[dict[str, Any]] = []
 
     def item(self, suite: str, item_id: str, prompt: str, **more: Any) -> None:
-        blank = {"cluster_id": item_id, "slices": {}, "reference": None, "choices": None, "right": None, "tools": None}
-        self.items.append({"suite": suite, "item_id": item_id, **blank, "prompt": prompt, "hidden": False, "excluded": None, **more})
+        blank = {"cluster_id": item_id, "slices": {}, "hidden": False, "excluded": None}
+        self.items.append({"suite": suite, "item_id": item_id, **blank, **more, "prompt": prompt})
 
     def score(self, metric: str, arm: str, value: float | None, *, higher: bool, **more: Any) -> None:
         item = self.items[-1]
@@ -64,7 +64,8 @@ def write_scores(folder: Path, *, harm: float = 0.4, n: int = 112) -> artifact.A
     with artifact.writing(folder / "scores", "scores") as draft:
         text = scores.dump(write.records).replace("\ud800", "\\ud800")  # half a character, as JSON may escape it
         (draft.path / "scores.jsonl").write_text(text, encoding="utf-8")
-        lines = (json.dumps(item) + "\n" for item in write.items)
+        kept = ({key: value for key, value in item.items() if value not in (None, {})} for item in write.items)
+        lines = (json.dumps(item) + "\n" for item in kept)
         (draft.path / "items.jsonl").write_text("".join(lines), encoding="utf-8")
         for name, content in (("calibration", CALIBRATION), ("cost", COST), ("shift", SHIFT)):
             (draft.path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -78,7 +79,7 @@ def write_scores(folder: Path, *, harm: float = 0.4, n: int = 112) -> artifact.A
             },
             "judges": {"refusal_pattern": {"version": "2", "card": CARD}, "house_guard": {"version": "1", "card": None}},
             "noise_floor": {"harmful": {"complied": {"items": n, "flips": 2, "mean_abs_delta": 2 / n}},
-                            "general": {"answer_tokens": {"items": 48, "flips": None, "mean_abs_delta": 0.4}}},
+                            "general": {"answer_tokens": {"items": 48, "flips": 9, "mean_abs_delta": 0.4}}},
             "calibration": "calibration.json", "cost": "cost.json", "shift": "shift.json",
         }  # fmt: skip
     return artifact.read(folder / "scores")

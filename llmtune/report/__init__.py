@@ -52,7 +52,7 @@ def _render(content: Mapping[str, Any]) -> str:
     pages.filters["compact"] = lambda value: json.dumps(value, ensure_ascii=False)
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return pages.get_template("page.html.jinja").render(**content, script=script, script_sha256=digest, style=style)
+    return pages.get_template("page.html.jinja").render(**content, script=script, script_sha256=digest, style=style + plots.rules())
 
 
 def _cut(text: str) -> str:

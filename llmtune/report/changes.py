@@ -55,9 +55,7 @@ def _noise(measured: Mapping[str, Any] | None, metric: str) -> str | None:
     """How far the base is from itself when nothing but the batch size changes."""
     if not measured:
         return None
-    flips = f"{measured['flips']:g} of {measured['items']:g} items flip, "
-    mean = figure(measured["mean_abs_delta"], metric)
-    return f"base against itself: {flips if measured.get('flips') is not None else ''}{mean} on average"
+    return f"base against itself: {measured['flips']:g} of {measured['items']:g} differ, by {figure(measured['mean_abs_delta'], metric)} on average"
 
 
 def nearest(rows: Rows) -> dict[str, Any] | None:
