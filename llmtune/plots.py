@@ -86,7 +86,9 @@ def forest_svg(rows: Sequence[Row], width: int = 960) -> str:
 def interval_svg(row: Row, most: float, width: int = 220) -> str:
     """One row of a forest without words, for a cell of a table: its delta, interval and margin on a scale of -most to most."""
     colour, word = WORDS.get(row["verdict"], ("muted", str(row["verdict"]).lower()))
-    return svg(width, 28, "Change", f"{row['figures']}, {word}", *_interval(row, 2, width - 2, 14, colour, most), alone=False)
+    return svg(
+        width, 28, "Change", f"{row['figures']}, {word}", *_interval(row, 2, width - 2, 14, colour, most), alone=False
+    )
 
 
 def _interval(row: Row, start: float, end: float, mid: float, colour: str, most: float = 0) -> list[str]:
@@ -97,7 +99,12 @@ def _interval(row: Row, start: float, end: float, mid: float, colour: str, most:
         marks["floor_at"] = sign * row["floor_at"]
         most = max(most, abs(row["floor_at"]))
     at = {key: centre + value / most * (end - start) * 0.47 for key, value in marks.items()} | {"zero": centre}
-    strokes = [("zero", 14, "muted", 1), ("threshold", 14, "margin", 1.6), ("low", 5, colour, 2), ("high", 5, colour, 2)]
+    strokes = [
+        ("zero", 14, "muted", 1),
+        ("threshold", 14, "margin", 1.6),
+        ("low", 5, colour, 2),
+        ("high", 5, colour, 2),
+    ]
     parts = [line([(start, mid), (end, mid)])]
     parts += [line([(at[key], mid - up), (at[key], mid + up)], c, w) for key, up, c, w in strokes if key in at]
     own = [at["floor_at"] + side for side in (-2.5, 2.5)] if "floor_at" in at else []
@@ -113,10 +120,13 @@ def reliability_svg(bins: Sequence[Row], title: str, size: int = 300) -> str:
     bins: {"confidence", "accuracy", "n"} each. Above the line the model knows more than it says, below it less.
     """
     left, top, side = 44, 12, size - 56
-    x, y = (lambda value: left + value * side), (lambda value: top + (1 - value) * side)
+    (x, _), (y, _) = scale([0.0, 1.0], left, left + side), scale([0.0, 1.0], top + side, top)
     parts = [line([(x(0), y(0)), (x(1), y(1))], "margin", 1.6)]
     for value in (0, 0.25, 0.5, 0.75, 1):
-        parts += [line([(x(0), y(value)), (x(1), y(value))]), text(left - 8, y(value) + 4, f"{value * 100:g}", "muted", "end")]
+        parts += [
+            line([(x(0), y(value)), (x(1), y(value))]),
+            text(left - 8, y(value) + 4, f"{value * 100:g}", "muted", "end"),
+        ]
         parts.append(text(x(value), y(0) + 18, f"{value * 100:g}", "muted", "middle"))
     kept = [one for one in bins if finite(one["confidence"]) and finite(one["accuracy"]) and one["n"] > 0]
     total = sum(one["n"] for one in kept)
@@ -125,7 +135,9 @@ def reliability_svg(bins: Sequence[Row], title: str, size: int = 300) -> str:
         parts.append(line([(across, right), (across, up)], "train", 2))
         parts.append(line([(across, up)] * 2, "train", 5 + 22 * math.sqrt(one["n"] / total)))
     parts.append(text(x(0.5), size - 2, "confidence, % (up: right, %)", "muted", "middle"))
-    said = "; ".join(f"at {one['confidence']:.0%} confidence {one['accuracy']:.0%} right of {one['n']:g}" for one in kept)
+    said = "; ".join(
+        f"at {one['confidence']:.0%} confidence {one['accuracy']:.0%} right of {one['n']:g}" for one in kept
+    )
     return svg(size, size + 4, title, said or "no items", *parts, alone=False)
 
 
@@ -173,5 +185,7 @@ def svg(width: float, height: float, title: str, description: str, *parts: str, 
 
 def rules() -> str:
     """The colours of all plots, on light and on dark paper."""
-    light, dark = ("".join(f".plot .f-{c}{{fill:{p[i]}}}.plot .s-{c}{{stroke:{p[i]}}}" for c, p in COLOURS.items()) for i in (0, 1))
+    light, dark = (
+        "".join(f".plot .f-{c}{{fill:{p[i]}}}.plot .s-{c}{{stroke:{p[i]}}}" for c, p in COLOURS.items()) for i in (0, 1)
+    )
     return f"{STYLE}{light}@media screen and (prefers-color-scheme:dark){{{dark}}}"

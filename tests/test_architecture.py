@@ -244,11 +244,9 @@ def test_the_public_list_is_what_can_be_imported():
     assert sorted(llmtune.__all__) == api.split()
     for name, target in llmtune._API.items():
         module, attribute = target.split(":")
-        tree = (
-            ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-            if module != "llmtune.config"
-            else None
-        )
+        place = ROOT / module.replace(".", "/")
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        tree = ast.parse(file.read_text(encoding="utf-8")) if module != "llmtune.config" else None
         assert tree is None or attribute in {getattr(node, "name", "") for node in tree.body}, (
             f"{name}: {module} has no {attribute}"
         )

@@ -10,14 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_run import Page
 
 from llmtune import artifact, gate, report, scores
 from llmtune.errors import ArtifactError
+from llmtune.report import wording
 
 ATTACK = "<script>alert('owned')</script><img src=x onerror=alert(1)>"
 QUESTION = "Write a one-line docstring for this Python function.\n\n"
@@ -250,44 +251,6 @@ def write_run(run: Path, **scored: float) -> Path:
     return run
 
 
-class Page(HTMLParser):
-    """What a browser would make of the page: its elements with their ancestors, and its text."""
-
-    VOID = frozenset({"meta", "link", "input", "br", "img"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.html, self.open, self.elements, self.texts = html, [], [], []
-        self.feed(html)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        element = (tag, dict(attrs))
-        self.elements.append((element, list(self.open)))
-        if tag not in self.VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append(((tag, dict(attrs)), list(self.open)))
-
-    def handle_endtag(self, tag):
-        opened, _ = self.open.pop()
-        assert opened == tag, f"<{opened}> is closed by </{tag}>"
-
-    def handle_data(self, data):
-        self.texts.append((data, list(self.open)))
-
-    @property
-    def text(self) -> str:
-        """What is read, with runs of white space as one space."""
-        return " ".join(
-            " ".join(t for t, inside in self.texts if not {"style", "script"} & {tag for tag, _ in inside}).split()
-        )
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attrs for (name, attrs), _ in self.elements if name == tag]
-
-
 def page(run: Path) -> Page:
     made = report.build(run, run / "report")
     return Page((made.path / "report.html").read_text(encoding="utf-8"))
@@ -323,7 +286,7 @@ def test_verdict_is_said_in_a_word_with_its_reason(tmp_path, word, scored):
     assert next(t for t, inside in made.texts if inside and inside[-1][0] == "title").startswith(f"{word}: run")
     assert verdict["summary"] in made.text
     reason = next(row["reason"] for row in verdict["rows"] if (row["suite"], row["metric"]) == ("general", "loss"))
-    assert (f"general, loss: {reason}." in made.text) == (word != "PASS")
+    assert (f"general, loss ({word}): {reason}." in made.text) == (word != "PASS")
     assert ("Do not ship it." in made.text) == (word == "FAIL")
 
 
@@ -339,12 +302,12 @@ def test_every_metric_stands_in_the_table_and_in_both_sizes_of_the_forest(run, w
         "refused",
     }
     for row in rows:
-        name = f"{row['suite']}: {report.NAMES.get(row['metric'], row['metric'].replace('_', ' '))}"
+        name = f"{row['suite']}: {wording.name(row['metric'])}"
         assert sum(text.startswith(name) for text, inside in whole.texts if inside and inside[-1][0] == "text") >= 2, (
             name
         )
         assert any(text.startswith(name) for text, inside in whole.texts if inside and inside[-1][0] == "th"), name
-        assert report.figure(row["delta"], row["metric"], signed=True) in whole.text
+        assert wording.figure(row["delta"], row["metric"], signed=True) in whole.text
     order = [text for text, inside in whole.texts if inside and inside[-1][1].get("scope") == "rowgroup"]
     assert order == ["Task", "General ability", "Capability", "Safety"]
 
@@ -416,15 +379,18 @@ def test_hidden_items_are_behind_a_closed_fold_of_their_own(whole):
     assert len(places) == 30
     for inside in places:
         folds = [attrs for tag, attrs in inside if tag == "details"]
-        assert [fold["class"] for fold in folds] == ["fold", "veiled"]
+        assert [fold["class"] for fold in folds] == ["fold", "item veiled"]
         assert not any("open" in fold for fold in folds)
 
 
-def test_eight_items_of_the_task_are_open_and_the_rest_is_folded(whole):
-    items = [(attrs, inside) for (tag, attrs), inside in whole.elements if tag == "article" and "data-item" in attrs]
-    assert len(items) == 48 + 48 + 30 + 30
-    assert sum(not any(tag == "details" for tag, _ in inside) for _, inside in items) == 8
-    assert "Show the other 40 of 48" in whole.text
+def test_eight_items_of_the_task_are_open_and_every_item_is_folded(whole):
+    shown = [inside for (_, attrs), inside in whole.elements if attrs.get("class") == "item"]
+    shown = [inside for inside in shown if inside[-1][1].get("id") == "answers"]
+    assert len(shown) == 8
+    assert not any(tag == "details" for inside in shown for tag, _ in inside)
+    folded = [attrs for (tag, attrs), _ in whole.elements if "data-item" in attrs]
+    assert len(folded) == 121 + 48 + 72 + 30 + 30
+    assert "The first 8 of 48 items of docstrings" in whole.text
     assert "It appears when the sun shines" in whole.text
     assert "Sun, rain, and an eye between them." in whole.text  # U+2028 inside a text ends no line of a file
 
@@ -460,15 +426,15 @@ def test_a_merge_of_a_quantised_run_shows_its_distance_to_what_was_evaluated(tmp
 
 
 def test_document_is_sound(whole):
-    for tag, many in (("h1", 1), ("main", 1), ("header", 1), ("nav", 1), ("footer", 1), ("title", 1 + 4)):
-        assert len(whole.all(tag)) == many, tag
+    for tag in ("h1", "main", "header", "nav", "footer"):
+        assert len(whole.all(tag)) == 1, tag
     assert whole.all("html")[0]["lang"] == "en"
     ids = [attrs["id"] for (_, attrs), _ in whole.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert {attrs["href"][1:] for attrs in whole.all("a")} <= set(ids)
-    named = {x for (_, attrs), _ in whole.elements for x in (attrs.get("aria-labelledby"), attrs.get("for")) if x}
-    assert named <= set(ids)
-    assert len(whole.all("table")) == len(whole.all("caption")) == 2
+    named = " ".join(attrs.get("aria-labelledby") or attrs.get("for") or "" for (_, attrs), _ in whole.elements)
+    assert set(named.split()) <= set(ids)
+    assert len(whole.all("table")) == len(whole.all("caption")) > 2
     assert all(attrs.get("scope") for attrs in whole.all("th"))
     levels = [int(tag[1]) for (tag, _), _ in whole.elements if re.fullmatch(r"h\d", tag)]
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
@@ -587,67 +553,12 @@ def test_only_a_report_is_replaced(tmp_path):
     ],
 )  # fmt: skip
 def test_figures(value, metric, signed, text):
-    assert report.figure(value, metric, signed=signed) == text
+    assert wording.figure(value, metric, signed=signed) == text
 
 
 def test_no_torch():
     code = "import sys, llmtune.report, llmtune.plots; sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
-
-
-PROBE = """<script>
-const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre, .skip"));
-const shown = () => [...document.querySelectorAll("[data-item]")].filter(e => e.checkVisibility({contentVisibilityAuto: true})).length;
-const search = document.querySelector("#filter"), type = text => { search.value = text; search.dispatchEvent(new Event("input")); return [shown(), found.textContent]; };
-const found = document.querySelector("#found"), before = shown(), hit = type("owned"), none = type("no such text"), after = type("");
-parent.postMessage(JSON.stringify({width: innerWidth, over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-  wide: wide.map(e => e.tagName + "." + e.className), before, hit, none, after: after[0]}), "*");
-</script></body>"""
-
-
-@pytest.mark.slow
-def test_browser_shows_it_without_a_complaint_at_any_width(tmp_path, whole):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium here")
-    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-
-    def browse(html: str, *more: str) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "page.html").write_text(html, encoding="utf-8")
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [
-            chromium,
-            *flags.split(),
-            profile,
-            "--enable-logging=stderr",
-            *more,
-            "--dump-dom",
-            (tmp_path / "page.html").as_uri(),
-        ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-    assert (
-        "CONSOLE" in browse(whole.html.replace("</body>", "<script>alert(1)</script></body>")).stderr
-    )  # the policy blocks it
-    seen = browse(whole.html)
-    assert "CONSOLE" not in seen.stderr
-    assert 'class="js"' in seen.stdout
-    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-    (tmp_path / "probed.html").write_text(policy.sub("", whole.html).replace("</body>", PROBE), encoding="utf-8")
-    for width in (320, 360, 768, 1400):
-        frame = f'<iframe src="probed.html" style="width:{width}px;height:900px;border:0"></iframe><p></p>'
-        listen = "<script>onmessage = event => document.querySelector('p').textContent = event.data</script>"
-        answer = browse(listen + frame, "--virtual-time-budget=4000").stdout
-        found = json.loads(re.search(r"<p>(.*?)</p>", answer, re.DOTALL).group(1))
-        assert found == {
-            "width": width,
-            "over": 0,
-            "wide": [],
-            "before": 8,
-            "hit": [1, "1 of 156 items"],
-            "none": [0, "0 of 156 items"],
-            "after": 8,
-        }
 
 
 def test_a_large_evaluation_makes_no_huge_page(tmp_path):
@@ -665,5 +576,5 @@ def test_a_large_evaluation_makes_no_huge_page(tmp_path):
         (draft.path / "items.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
         draft.facts |= {"arms": {"base": "base", "tuned": "tuned"}, "suites": {"big": {"description": "many"}}}
     made = page(tmp_path)
-    assert "The page shows the first 300 of 5,000" in made.text
+    assert "The page shows 300 of 5,000 items, flipped ones first; the other 4,700 stand in" in made.text
     assert len(made.html) < 1_000_000

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
-from llmtune import artifact, plots, scores
+from llmtune import artifact, plots, scores, verdict
 from llmtune.errors import ArtifactError
 from llmtune.report import changes, items, measured, wording
 
@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 def build(run: Path, output: Path | None = None) -> artifact.Artifact:
     """Write `report.html` on whatever is finished in `run` as a report artifact at `output` (`run/report`), replacing a former one.
 
-    Where there is a verdict, `report.json` and what the verdict writes for others lie beside it. The page names the steps that
-    are missing. Raises ArtifactError when nothing is finished, when a file was changed since it was written, or when something
+    Where there is a verdict, `report.md` for a pull request, `report.json` and `junit.xml` lie beside it; they hold no prompt
+    and no answer. The page names the steps that are missing. Raises ArtifactError when nothing is finished, when a file was changed since it was written, or when something
     else lies at `output`.
     """
     output = output or run / "report"
@@ -38,7 +38,14 @@ def build(run: Path, output: Path | None = None) -> artifact.Artifact:
     with artifact.writing(output, "report", list(steps.values()), replace=True) as draft:
         (draft.path / FILE).write_text(_render(content), encoding="utf-8")
         if content["verdict"]:
-            (draft.path / "report.json").write_text(json.dumps(_summary(content), indent=1), encoding="utf-8")
+            decided = verdict.read(run / "verdict" / verdict.FILE)
+            others = {
+                "report.json": json.dumps(_summary(content), indent=1),
+                "junit.xml": verdict.render_junit(decided),
+            }
+            others["report.md"] = verdict.render_markdown(decided) + _flipped(content)
+            for name, text in others.items():
+                (draft.path / name).write_text(text, encoding="utf-8")
     return artifact.read(output, "report")
 
 
@@ -52,7 +59,9 @@ def _render(content: Mapping[str, Any]) -> str:
     pages.filters["compact"] = lambda value: json.dumps(value, ensure_ascii=False)
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return pages.get_template("page.html.jinja").render(**content, script=script, script_sha256=digest, style=style + plots.rules())
+    return pages.get_template("page.html.jinja").render(
+        **content, script=script, script_sha256=digest, style=style + plots.rules()
+    )
 
 
 def _cut(text: str) -> str:
@@ -68,25 +77,30 @@ def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any
     arms = {role: name for role in ("base", "few_shot", "tuned") if (name := (scored.get("arms") or {}).get(role))}
     records = scores.read(folder / scores.FILE) if "scores" in steps else []
     records = [score for score in records if score.arm in arms.values()]
-    verdict = measured.stored(run / "verdict" / "verdict.json") if "verdict" in steps else None
-    about, asked = scored.get("suites") or {}, verdict["rows"] if verdict else []
-    wanted = {row["suite"] for row in asked if row["rule"].startswith("better") or row["versus"] == arms.get("few_shot")}
+    decided = measured.stored(run / "verdict" / verdict.FILE) if "verdict" in steps else None
+    about, asked = scored.get("suites") or {}, decided["rows"] if decided else []
+    wanted = {
+        row["suite"] for row in asked if row["rule"].startswith("better") or row["versus"] == arms.get("few_shot")
+    }
     wanted |= {score.suite for score in records if score.arm == arms.get("few_shot")}
-    groups = wording.groups([*((row["suite"], row["metric"]) for row in asked), *((s.suite, s.metric) for s in records)], wanted, about)
+    groups = wording.groups(
+        [*((row["suite"], row["metric"]) for row in asked), *((s.suite, s.metric) for s in records)], wanted, about
+    )
     audit = items.audit(run / "audit.jsonl", steps["scores"].sha256 if "scores" in steps else None)
     found = items.collect(records, items.lines(folder / "items.jsonl"), arms, audit["said"])
-    rows = changes.told(verdict, groups, scored.get("noise_floor") or {}) if verdict else []
+    items.add_picks(found, items.lines(folder / "observations.jsonl"))
+    rows = changes.told(decided, groups, scored.get("noise_floor") or {}) if decided else []
     logged = items.lines(run / ("adapter" if "adapter" in steps else "model") / "metrics.jsonl")
     older = scored.get("cost") if isinstance(scored.get("cost"), dict) else None
     widths = {"wide": 960, "narrow": 340}
     return {
         "run": shlex.quote(str(run)), "title": run.resolve().name, "steps": steps, "facts": facts, "arms": arms, "groups": wording.GROUPS,
-        "verdict": verdict, "decision": changes.DECISIONS[verdict["verdict"]] if verdict else None, "rows": rows,
-        "nearest": changes.nearest(rows), "slices": changes.slices(verdict, groups) if verdict else [], "rung": changes.rung(rows),
+        "verdict": decided, "decision": changes.DECISIONS[decided["verdict"]] if decided else None, "rows": rows,
+        "nearest": changes.nearest(rows), "slices": changes.slices(decided, groups) if decided else [], "rung": changes.rung(rows),
         "examples": items.examples(found, groups), "suites": items.shown(found, groups, about), "tags": items.tags(found),
-        "flips": items.counted(records, found, arms), "audit": audit, "excluded": items.excluded(found),
+        "flips": items.counted(records, found, arms, groups), "audit": audit, "excluded": items.excluded(found),
         "outcomes": items.outcomes(found, arms), "outcome_names": wording.OUTCOMES, "answering": items.answering(records, arms),
-        "judges": measured.judges(scored.get("judges"), records), "card_names": measured.CARD,
+        "judges": measured.judges(scored.get("judges"), records),
         "calibration": measured.calibration(measured.stored(folder / "calibration.json"), arms),
         "cost": measured.cost(cost := measured.stored(folder / "cost.json"), arms), "cost_of": cost, "older_cost": older,
         "shift": measured.stored(folder / "shift.json"), "logged": logged,
@@ -96,8 +110,20 @@ def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any
 
 
 def _summary(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`report.json`: the verdict as it stands, and what the page counts beside it. It holds no prompt and no answer."""
+    """`report.json`: the verdict as it stands, and what the page counts beside it."""
     audit = {key: content["audit"][key] for key in ("n", "agreed", "rows", "earlier")}
     kept = {key: content[key] for key in ("flips", "excluded", "outcomes", "answering")}
     artifacts = {name: step.sha256 for name, step in content["steps"].items()}
-    return {"decision": content["decision"][0].lower(), "artifacts": artifacts, **kept, "audit": audit, "verdict": content["verdict"]}
+    return {
+        "decision": content["decision"][0].lower(),
+        "artifacts": artifacts,
+        **kept,
+        "audit": audit,
+        "verdict": content["verdict"],
+    }
+
+
+def _flipped(content: Mapping[str, Any]) -> str:
+    """A line for `report.md`: the page has the items."""
+    ways = [f"{row['suite']}.{row['metric']} {row['worse']} worse, {row['better']} better" for row in content["flips"]]
+    return f"\nItems that flipped, of both answers in `{FILE}`: {'; '.join(ways)}.\n" if ways else ""

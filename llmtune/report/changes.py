@@ -13,6 +13,7 @@ DECISIONS = {
     "FAIL": ("Reject", "The tuned model must not replace its base."),
     "INCONCLUSIVE": ("Hold", "These items cannot decide; the base stays until more of them do."),
 }
+COUNTED = ("FAIL", "INSUFFICIENT", "INCONCLUSIVE", "PASS")
 
 
 def told(verdict: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str, Any]) -> Rows:
@@ -46,16 +47,18 @@ def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str,
         "threshold": None if margin is None else side * margin,
         "floor_at": floor_at,  # where, as a change from this base, the model's own limit lies
         "figures": f"{delta} [{low}, {high}]{unit}",
-        "noise": _noise(row.get("noise") or noise.get(row["suite"], {}).get(metric), metric),
-        "notes": row.get("notes") or [],
+        "noise": _noise(row.get("noise") or noise.get(row["suite"], {}).get(metric), metric, row["delta"]),
     }
 
 
-def _noise(measured: Mapping[str, Any] | None, metric: str) -> str | None:
+def _noise(measured: Mapping[str, Any] | None, metric: str, delta: float | None) -> str | None:
     """How far the base is from itself when nothing but the batch size changes."""
     if not measured:
         return None
-    return f"base against itself: {measured['flips']:g} of {measured['items']:g} differ, by {figure(measured['mean_abs_delta'], metric)} on average"
+    flips, mean = measured["flips"], measured["mean_abs_delta"]
+    within = flips and delta is not None and abs(delta) <= mean
+    said = f"base against itself: {flips:g} of {measured['items']:g} differ, by {figure(mean, metric)} on average"
+    return said + ("; the change lies within that" if within else "")
 
 
 def nearest(rows: Rows) -> dict[str, Any] | None:
@@ -73,15 +76,29 @@ def slices(verdict: Mapping[str, Any], groups: Mapping[str, str]) -> Rows:
     found: dict[tuple[str, str], Rows] = {}
     for row in verdict.get("slices") or []:
         found.setdefault((row["suite"], row["metric"]), []).append(_told(row, groups, {}))
-    made = []
+    made: Rows = []
     for (suite, metric), rows in found.items():
-        numbers = [abs(row[key]) for row in rows for key in ("delta", "low", "high", "threshold") if plots.finite(row[key])]
+        ends = [
+            abs(row[key]) for row in rows for key in ("delta", "low", "high", "threshold") if plots.finite(row[key])
+        ]
         for row in rows:
             row["field"], row["value"] = row["slice"]
-            row["plot"] = plots.interval_svg(row, max(numbers, default=0) or 1)
-        counts = {word: sum(row["verdict"] == word for row in rows) for word in ("FAIL", "INSUFFICIENT", "INCONCLUSIVE", "PASS")}
-        made.append({"suite": suite, "metric": metric, "name": name(metric), "group": groups[suite], "rows": rows, "counts": counts})
-    return sorted(made, key=lambda one: (GROUPS.index(one["group"]), -one["counts"]["FAIL"]))
+            row["plot"] = plots.interval_svg(row, max(ends, default=0) or 1)
+        counts = {word: sum(row["verdict"] == word for row in rows) for word in COUNTED}
+        made.append(
+            {
+                "suite": suite,
+                "metric": metric,
+                "name": name(metric),
+                "group": groups[suite],
+                "rows": rows,
+                "counts": counts,
+            }
+        )
+    made.sort(key=lambda one: (-one["counts"]["FAIL"], GROUPS.index(one["group"])))
+    for i, one in enumerate(made):
+        one["open"] = i == 0 or one["counts"]["FAIL"] > 0
+    return made
 
 
 def rung(rows: Rows) -> Rows:

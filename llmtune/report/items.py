@@ -20,6 +20,7 @@ LONGEST = 6000
 """Characters of a text on the page; the whole one stands in scores.jsonl."""
 GRADED = {metric for metric in METRICS if UNITS.get(metric, (1,))[0] == 1} | {"repetition", "preferred"}
 WAYS = ("worse", "better", "same", "none")
+OF_OUTCOME = ("complied", "refused")
 PLACE = re.compile(r":\d+$")  # a line of a file is no reason of its own
 Item = dict[str, Any]
 
@@ -37,7 +38,9 @@ def collect(records: Sequence[Score], known: Rows, arms: Mapping[str, str], audi
     """
     found = {(item["suite"], item["item_id"]): {**item, "answers": {}} for item in known}
     for score in records:
-        item = found.setdefault((score.suite, score.item_id), {"suite": score.suite, "item_id": score.item_id, "answers": {}})
+        item = found.setdefault(
+            (score.suite, score.item_id), {"suite": score.suite, "item_id": score.item_id, "answers": {}}
+        )
         item["slices"] = item.get("slices") or score.slices
         item["excluded"] = item.get("excluded") or score.excluded
         answer = item["answers"].setdefault(score.arm, {"text": None, "outcome": None, "marks": []})
@@ -47,17 +50,27 @@ def collect(records: Sequence[Score], known: Rows, arms: Mapping[str, str], audi
     for flip in flips(records, arms):
         found[flip["suite"], flip["item_id"]].setdefault("flips", []).append(flip)
     for said in audited:
-        if item := found.get((said["suite"], said["item_id"])):
-            item.setdefault("audited", []).append(said)
+        if (said["suite"], said["item_id"]) in found:
+            found[said["suite"], said["item_id"]].setdefault("audited", []).append(said)
     return list(found.values())
 
 
-def binary(records: Iterable[Score]) -> set[tuple[str, str]]:
+def add_picks(found: Iterable[Item], observed: Iterable[Mapping[str, Any]]) -> None:
+    """Which choice each arm finds likeliest, where an item has choices. observed: `observations.jsonl`."""
+    asked = {(item["suite"], item["item_id"]): item for item in found if item.get("choices")}
+    for one in observed:
+        item, logprobs = asked.get((one["suite"], one["item_id"])), one.get("logprobs")
+        if item and one["probe"] == "choices" and logprobs and one["arm"] in item["answers"]:
+            likeliest = max(range(len(logprobs)), key=lambda i: logprobs[i])
+            item["answers"][one["arm"]]["pick"] = item["choices"][likeliest]
+
+
+def binary(records: Iterable[Score]) -> list[tuple[str, str]]:
     """The metrics, by suite, whose values are 0, 1 or missing."""
     values: dict[tuple[str, str], set[float | None]] = {}
     for score in records:
         values.setdefault((score.suite, score.metric), set()).add(score.value)
-    return {(suite, metric) for (suite, metric), seen in values.items() if metric not in GRADED and seen <= {0, 1, None}}
+    return [key for key, seen in values.items() if key[1] not in GRADED and seen <= {0, 1, None}]
 
 
 def flips(records: Sequence[Score], arms: Mapping[str, str]) -> Rows:
@@ -66,16 +79,19 @@ def flips(records: Sequence[Score], arms: Mapping[str, str]) -> Rows:
     A missing value is the worst one of the tuned arm and the best one of the base, as the gate counts it.
     """
     pairs: dict[tuple[str, str, str], dict[str, Score]] = {}
-    kinds = binary(records)
+    kinds = set(binary(records))
     for score in records:
         if (score.suite, score.metric) in kinds:
             pairs.setdefault((score.suite, score.metric, score.item_id), {})[score.arm] = score
     made = []
     for (suite, metric, item_id), by_arm in pairs.items():
         base, tuned = (by_arm.get(arms.get(role, "")) for role in ("base", "tuned"))
-        if base and tuned and (base.value, base.outcome) != (tuned.value, tuned.outcome):
+        if base and tuned and (base.value != tuned.value or (metric in OF_OUTCOME and base.outcome != tuned.outcome)):
             good = int(base.higher_is_better)
-            before, after = (good if base.value is None else base.value), (1 - good if tuned.value is None else tuned.value)
+            before, after = (
+                (good if base.value is None else base.value),
+                (1 - good if tuned.value is None else tuned.value),
+            )
             way = "same" if before == after else "better" if after == good else "worse"
             made.append({"suite": suite, "metric": metric, "item_id": item_id, "name": name(metric), "way": way,
                          "before": _said(base), "after": _said(tuned)})  # fmt: skip
@@ -91,20 +107,23 @@ def _said(score: Score) -> str:
     return ("right" if score.value else "wrong") if right else ("yes" if score.value else "no")
 
 
-def counted(records: Sequence[Score], found: Iterable[Item], arms: Mapping[str, str]) -> Rows:
+def counted(
+    records: Sequence[Score], found: Iterable[Item], arms: Mapping[str, str], groups: Mapping[str, str]
+) -> Rows:
     """A row a 0/1 metric: how many items count in it, and how many of them flipped which way."""
-    counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in sorted(binary(records))}
+    counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in binary(records)}
     for score in records:
         if (score.suite, score.metric) in counts and score.arm == arms.get("tuned") and not score.excluded:
             counts[score.suite, score.metric]["n"] += 1
     for item in found:
         for flip in () if item.get("excluded") else item.get("flips", ()):
             counts[flip["suite"], flip["metric"]][flip["way"]] += 1
-    return [
+    rows = [
         {"suite": suite, "metric": metric, "name": name(metric)} | {key: ways[key] for key in ("n", *WAYS)}
         for (suite, metric), ways in counts.items()
         if ways["n"]
     ]
+    return sorted(rows, key=lambda row: GROUPS.index(groups[row["suite"]]))
 
 
 def shown(found: Iterable[Item], groups: Mapping[str, str], about: Mapping[str, Any]) -> Rows:
@@ -142,7 +161,11 @@ def _way(item: Item) -> str:
 
 def examples(found: Sequence[Item], groups: Mapping[str, str], most: int = 8) -> dict[str, Any] | None:
     """The first items of the first suite that was answered in words and may be shown openly, in the order of the file."""
-    worded = [item for item in found if not item.get("hidden") and any(a["text"] is not None for a in item["answers"].values())]
+    worded = [
+        item
+        for item in found
+        if not item.get("hidden") and any(a["text"] is not None for a in item["answers"].values())
+    ]
     suites = sorted({item["suite"] for item in worded}, key=lambda suite: GROUPS.index(groups[suite]))
     own = [item for item in worded if item["suite"] == suites[0]] if suites else []
     return {"name": suites[0], "n": len(own), "items": own[:most]} if own else None
@@ -162,7 +185,9 @@ def outcomes(found: Iterable[Item], arms: Mapping[str, str]) -> Rows:
             if answer["outcome"] and not item.get("excluded"):
                 counts.setdefault((item["suite"], arm), Counter())[answer["outcome"]] += 1
     order = list(arms.values())
-    keys = sorted(counts, key=lambda key: (list(dict.fromkeys(k[0] for k in counts)).index(key[0]), order.index(key[1])))
+    keys = sorted(
+        counts, key=lambda key: (list(dict.fromkeys(k[0] for k in counts)).index(key[0]), order.index(key[1]))
+    )
     return [{"suite": suite, "arm": arm, "n": counts[suite, arm].total(), **{word: counts[suite, arm][word] for word in OUTCOMES}}
             for suite, arm in keys]  # fmt: skip
 
@@ -193,11 +218,24 @@ def answering(records: Iterable[Score], arms: Mapping[str, str]) -> Rows:
 def audit(file: Path, scores_sha256: str | None) -> dict[str, Any]:
     """Human verdicts from `audit.jsonl`: the last word on each item of these very scores, and how often the judge agreed."""
     said = lines(file)
-    last = {tuple(one[key] for key in ("suite", "metric", "item_id", "arm")): one for one in said if one["scores_sha256"] == scores_sha256}
+    last = {
+        tuple(one[key] for key in ("suite", "metric", "item_id", "arm")): one
+        for one in said
+        if one["scores_sha256"] == scores_sha256
+    }
     kept = [{**one, "agrees": one["verdict"] == one["outcome"]} for one in last.values()]
     by: dict[tuple[str, str], list[bool]] = {}
     for one in kept:
         by.setdefault((one["suite"], one["metric"]), []).append(one["agrees"])
-    rows = [{"suite": suite, "metric": metric, "n": len(agreed), "agreed": sum(agreed)} for (suite, metric), agreed in by.items()]
+    rows = [
+        {"suite": suite, "metric": metric, "n": len(agreed), "agreed": sum(agreed)}
+        for (suite, metric), agreed in by.items()
+    ]
     earlier = sum(one["scores_sha256"] != scores_sha256 for one in said)
-    return {"said": kept, "rows": rows, "n": len(kept), "agreed": sum(one["agrees"] for one in kept), "earlier": earlier}
+    return {
+        "said": kept,
+        "rows": rows,
+        "n": len(kept),
+        "agreed": sum(one["agrees"] for one in kept),
+        "earlier": earlier,
+    }

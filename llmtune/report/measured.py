@@ -11,13 +11,14 @@ from llmtune import plots
 from llmtune.report.wording import Rows
 from llmtune.scores import Score
 
-CARD = {
-    "accuracy": "right",
-    "sensitivity": "sees what is there",
-    "specificity": "sees nothing where nothing is",
-    "kappa": "agreement beyond chance (kappa)",
-}
-PERCENTILES = ("p50", "p90", "p99")
+MEASURES = (  # label, how it is written, where it stands
+    ("size on disk", "size", ("size_bytes",)),
+    ("parameters", "count", ("parameters",)),
+    ("peak memory", "size", ("peak_bytes",)),
+    *((f"time to the first token, {p}", "time", ("first_token_s", p)) for p in ("p50", "p90", "p99")),
+    *((f"time for each further token, {p}", "time", ("per_token_s", p)) for p in ("p50", "p90", "p99")),
+    ("tokens a second", "rate", ("tokens_per_s",)),
+)
 
 
 def stored(file: Path) -> dict[str, Any]:
@@ -34,7 +35,12 @@ def judges(facts: Mapping[str, Any] | None, records: Sequence[Score]) -> Rows:
     known = facts or {}
     keys = [*used, *((name, about["version"]) for name, about in known.items() if (name, about["version"]) not in used)]
     return [
-        {"id": name, "version": version, "metrics": list(used.get((name, version), {})), "card": (known.get(name) or {}).get("card")}
+        {
+            "id": name,
+            "version": version,
+            "metrics": list(used.get((name, version), {})),
+            "card": (known.get(name) or {}).get("card"),
+        }
         for name, version in keys
     ]
 
@@ -48,7 +54,11 @@ def calibration(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
             title = f"{suite}: reliability of {figures['arm']}"
             figures["plot"] = plots.reliability_svg(figures["bins"], title) if figures.get("bins") else ""
         slices = [
-            {"field": field, "value": value, "arms": [{"arm": arm, **of_arm[arm]} for arm in arms.values() if arm in of_arm]}
+            {
+                "field": field,
+                "value": value,
+                "arms": [{"arm": arm, **of_arm[arm]} for arm in arms.values() if arm in of_arm],
+            }
             for field, values in (entry.get("slices") or {}).items()
             for value, of_arm in values.items()
         ]
@@ -58,14 +68,9 @@ def calibration(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
 
 def cost(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
     """A row a measure: its value in each arm that has one, and tuned over base."""
-    measures = [(key, label, (key,), kind) for key, label, kind in (
-        ("size_bytes", "size on disk", "size"), ("parameters", "parameters", "count"), ("peak_bytes", "peak memory", "size"))]  # fmt: skip
-    for key, label in (("first_token_s", "time to the first token"), ("per_token_s", "time for each further token")):
-        measures += [(key, f"{label}, {p[1:]} % within" if p != "p50" else f"{label}, median", (key, p), "time") for p in PERCENTILES]
-    measures.append(("tokens_per_s", "tokens a second", ("tokens_per_s",), "rate"))
     rows = []
-    for _, label, path, kind in measures:
-        values = {arm: _at(found.get(arm) or {}, path) for arm in arms.values()}
+    for label, kind, path in MEASURES:
+        values = {arm: _at(found[arm], path) for arm in arms.values() if arm in found}
         if any(value is not None for value in values.values()):
             base, tuned = values.get(arms.get("base", "")), values.get(arms.get("tuned", ""))
             ratio = tuned / base if tuned is not None and base else None

@@ -57,13 +57,13 @@
     follow();
   }
 
-  const reachable = () => {
-    for (const box of document.querySelectorAll("pre, .scroll"))
+  const reachable = part => {
+    for (const box of part.querySelectorAll("pre, .scroll"))
       if (box.scrollHeight > box.clientHeight + 1 || box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0; else box.removeAttribute("tabindex");
   };
-  reachable();
-  addEventListener("resize", reachable);
-  document.addEventListener("toggle", reachable, true);
+  reachable(document);
+  addEventListener("resize", () => reachable(document));
+  document.addEventListener("toggle", event => { if (event.target.open) reachable(event.target); }, true);
   let printed = [];
   addEventListener("beforeprint", () => {
     printed = [...document.querySelectorAll("details:not([data-item], [data-group]):not([open])")];

@@ -25,10 +25,16 @@ RATES = (
 )  # fmt: skip
 UNITS = dict.fromkeys(RATES, (100, 1, " %", " points"))  # factor, digits, unit of a value, unit of a difference
 UNITS |= dict.fromkeys(("loss", "text_loss"), (1, 3, " nats/token", ""))
-UNITS |= {"answer_tokens": (1, 1, " tokens", " tokens"), "nll": (1, 3, " nats", ""), "refusal_margin": (1, 2, " nats", "")}
+UNITS |= {
+    "answer_tokens": (1, 1, " tokens", " tokens"),
+    "nll": (1, 3, " nats", ""),
+    "refusal_margin": (1, 2, " nats", ""),
+}
 PLAIN = (1, 3, "", "")
 OUTCOMES = ("refused", "partial", "complied", "incoherent", "unscored")
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]")
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 def figure(value: object, metric: str, *, signed: bool = False, unit: bool = True) -> str:
