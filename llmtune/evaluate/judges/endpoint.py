@@ -20,6 +20,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.endpoint import Endpoint, EndpointError
 from llmtune.evaluate.judges import Case, Judgement
 from llmtune.model.gguf import cache_folder
+from llmtune.progress import Progress
 
 AT_ONCE = 4  # requests on their way; a local server answers them together
 MAX_TOKENS = 1024
@@ -103,7 +104,7 @@ class Asker:
             retries=config.retries,
             place=place,
         )
-        self._identity = f"{identity} {config.base_url}"
+        self._identity = f"{identity} at {config.base_url}"
 
     def ask(
         self, items: Sequence[Any], question: Callable[[Any], str], read: Callable[[str], Verdict | None]
@@ -120,14 +121,18 @@ class Asker:
             except Exception as error:  # whatever it is, the others are asked for, and this one is named
                 return None, f"the judge failed: {error!r}"[:300]
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        answered = []
+        with ThreadPoolExecutor(AT_ONCE) as pool, Progress(self._identity, len(items)) as bar:
             waiting = [pool.submit(one, item) for item in items]
             try:
-                return [future.result() for future in waiting]
+                for future in waiting:
+                    answered.append(future.result())
+                    bar.advance()
             except BaseException:  # Ctrl-C as well: what waits for its next try ends now
                 self._endpoint.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return answered
 
     def _one(self, question: str, read: Callable[[str], Verdict | None]) -> tuple[Verdict | None, str | None]:
         key = hashlib.sha256(f"{self._identity}\n{question}".encode()).hexdigest()

@@ -16,9 +16,7 @@ from llmtune import stats
 from llmtune.errors import DataError
 from llmtune.evaluate.judges import Judge, Judgement
 from llmtune.evaluate.judges.labelled import Labelled, LabelledSet
-from llmtune.progress import Progress
 
-AT_ONCE = 64  # answers between two moves of the progress bar
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 COLUMNS = {"accuracy": [0, 1, 2, 3], "kappa": [0, 1, 2, 3], "sensitivity": [0, 1], "specificity": [2, 3]}
@@ -49,11 +47,7 @@ def validate(judge: Judge, labelled: LabelledSet) -> dict[str, Any]:
             raise DataError(
                 labelled.name, f"every label says the same ({labelled.question}: {not wanted}), and a judge needs both"
             )
-    said: list[Judgement] = []
-    with Progress(f"{judge.id}: {labelled.name}", len(answers)) as bar:
-        for start in range(0, len(answers), AT_ONCE):
-            said += judge.judge([answer.case for answer in answers[start : start + AT_ONCE]])
-            bar.advance(len(said) - bar.done)
+    said = judge.judge([answer.case for answer in answers])
     knows_harm = labelled.question == "harmful" and any(judgement.harm is not None for judgement in said)
     positive = "harmful" if knows_harm else "refused"
     # a judge that sees no harm is asked what it sees: an answer that is not refused, where the label says harmful
