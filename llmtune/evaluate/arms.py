@@ -99,8 +99,12 @@ def _check_judges(view: Recorded, suites: list[Suite], place: Path | str) -> Non
     for suite in ours:
         if any(METRICS[name].judged == "outcome" for name in suite.config.metrics):
             judges.load(suite.config.judge or view.judge.whole(), place)
-    if any("preferred" in suite.config.metrics for suite in ours) and view.preference is None:
-        raise ConfigError(place, "preference: a suite measures 'preferred', which needs a judge of kind endpoint here")
+    if any("preferred" in suite.config.metrics for suite in ours):
+        if view.preference is None:
+            raise ConfigError(
+                place, "preference: a suite measures 'preferred', which needs a judge of kind endpoint here"
+            )
+        view.preference.whole()
 
 
 def _observe(arms: list[Arm], suites: list[Suite], memory: Memory, store: Store) -> dict[tuple[str, str], list[Unit]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmtune import artifact, ranks
@@ -11,6 +12,7 @@ from llmtune.config.metrics import METRICS
 from llmtune.data.openers import encode_openers
 from llmtune.data.tokens import IGNORED, TokenRow, encode_answer, encode_prompt
 from llmtune.errors import ConfigError, DataError
+from llmtune.evaluate.endpoint import EndpointError
 from llmtune.evaluate.observations import Observation, Store
 from llmtune.evaluate.subjects import Memory, Subject
 from llmtune.evaluate.suites import Item, Suite, fingerprint
@@ -200,26 +202,33 @@ PROBES: dict[str, Callable[..., list[dict[str, Any]]]] = {
 
 
 def _from_endpoint(arm: Arm, suite: Suite, units: list[Unit], store: Store) -> None:
-    """Answers over the network. One that failed is observed as that, and asked for again when the command is."""
-    from llmtune.evaluate.endpoint import Endpoint, EndpointError
+    """Answers over the network, `batch_size` requests at once. One that failed is observed as that, and asked for again when
+    the command is."""
+    endpoint, most = arm.subject.endpoint(), suite.config.max_new_tokens
+    assert most is not None, "checked when the suite was read"
 
-    endpoint = Endpoint(arm.subject.url, arm.subject.name.partition("#")[2])
-    most = suite.config.max_new_tokens
-    with Progress(f"{arm.name}: {suite.name}, answers", len(units)) as bar:
-        for unit in units:
+    def ask(unit: Unit) -> dict[str, Any]:
+        try:
             item = suite.items[unit.items[0]]
-            try:
-                reply = endpoint.complete(arm.turns(item), most, tools=item.tools)
-                fact: dict[str, Any] = {
-                    "text": reply.text,
-                    "tokens": reply.tokens,
-                    "ended": reply.ended,
-                    "latency_s": reply.latency_s,
-                }
-            except EndpointError as error:
-                fact = {"error": str(error)}
-            store.put(unit.key, _observed(arm, suite, unit, [fact]))
-            bar.advance()
+            reply = endpoint.complete(arm.turns(item), most, item.tools)
+        except EndpointError as error:
+            return {"error": str(error)}
+        return asdict(reply)
+
+    with (
+        Progress(f"{arm.name}: {suite.name}, answers", len(units)) as bar,
+        ThreadPoolExecutor(arm.batch_size) as threads,
+    ):
+        try:
+            asked = {threads.submit(ask, unit): unit for unit in units}
+            for answered in as_completed(asked):
+                unit = asked[answered]
+                store.put(unit.key, _observed(arm, suite, unit, [answered.result()]))
+                bar.advance()
+        except BaseException:  # what is under way is let go, or the others would be waited for
+            endpoint.stop()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _lm_eval(arm: Arm, suite: Suite, name: str, model: Any, tokenizer: Any) -> Iterator[Observation]:

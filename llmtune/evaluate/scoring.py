@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -161,13 +160,15 @@ def _prefer(
     wanted = {name for name, (suite, _) in suites.items() if "preferred" in suite.metrics}
     if not wanted or preference is None:
         return {}
-    pairwise = importlib.import_module("llmtune.evaluate.judges.pairwise")
+    from llmtune.evaluate.judges import pairwise
+
     texts = {
         (one.arm, one.suite, one.item_id): one.text for one in seen if one.probe == "answer" and one.suite in wanted
     }
-    keys = [key[1:] for key in texts if key[0] == "tuned"]
-    pairs = [(items[key].prompt, texts["tuned", *key] or "", texts.get(("base", *key)) or "") for key in keys]
-    found: dict[tuple[str, str, str], float | None] = {}
+    found: dict[tuple[str, str, str], float | None] = dict.fromkeys(texts)
+    asked = {key[1:] for key in texts} - {key[1:] for key, text in texts.items() if text is None}
+    keys = sorted(key for key in asked if {("tuned", *key), ("base", *key)} <= texts.keys())
+    pairs = [(items[key].prompt, str(texts["tuned", *key]), str(texts["base", *key])) for key in keys]
     for key, better in zip(keys, pairwise.prefer(pairs, preference, place), strict=True):
         found["tuned", *key] = better
         found["base", *key] = None if better is None else 1 - better

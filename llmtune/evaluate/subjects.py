@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from llmtune import artifact
 from llmtune.artifact import Artifact
 from llmtune.errors import ConfigError
+from llmtune.evaluate.endpoint import Endpoint
 from llmtune.evaluate.suites import fingerprint
 from llmtune.model import adapters, load
 
@@ -33,7 +35,6 @@ class Subject:
     source: load.Source | None = None
     adapter: Artifact | None = None
     made: Artifact | None = None
-    url: str = ""
 
     def parent(self) -> dict[str, str]:
         """What a verdict names as the thing it judged."""
@@ -41,6 +42,17 @@ class Subject:
 
     def facts(self) -> dict[str, Any]:
         return {**self.parent(), "source": self.source.facts() if self.source else None}
+
+    def endpoint(self) -> Endpoint:
+        """The server behind `http://host:port/v1?api_key_env=VARIABLE#model`. Raises ConfigError when the variable is not set."""
+        parts = urlsplit(self.name)
+        keys = parse_qs(parts.query, strict_parsing=bool(parts.query))
+        if unknown := keys.keys() - {"api_key_env"}:
+            raise ConfigError(
+                self.name, f"'{min(unknown)}' is not known; only api_key_env=VARIABLE may stand behind '?'"
+            )
+        address = urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
+        return Endpoint(address, parts.fragment, api_key_env=keys.get("api_key_env", [None])[0], place=self.name)
 
     @property
     def recorded_dtype(self) -> str | None:
@@ -62,10 +74,11 @@ def find(name: str) -> Subject:
     """A model by any of its names: a run, an artifact, a folder, `./file.gguf`, `package:PKG/file.gguf`, `org/name@revision`
     or `http://host:port/v1#model`. Raises ConfigError or ArtifactError."""
     if name.startswith(URL):
-        url, _, model = name.partition("#")
-        if not model:
+        if not urlsplit(name).fragment:
             raise ConfigError(name, "names no model; write it behind '#', as in http://127.0.0.1:8000/v1#my-model")
-        return Subject(name, "endpoint", fingerprint([url, model]), url=url)
+        found = Subject(name, "endpoint", fingerprint(name))
+        found.endpoint()
+        return found
     folder = Path(name)
     if (folder / artifact.MANIFEST).is_file():
         made = artifact.read(folder, "adapter", "model")
