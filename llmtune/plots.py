@@ -62,8 +62,8 @@ def forest_svg(rows: Sequence[Row], width: int = 960) -> str:
     """A line a row: the delta with its interval against no change and the margin. Right is better, whatever the metric.
 
     A row has group, label, detail, figures, own (texts; own: of the model's own limit, or None), verdict, higher_is_better,
-    and delta, low, high, threshold (where the margin lies), floor_at (where the own limit lies) as numbers in the metric's
-    unit or None. Units differ, so each row has its own scale; an own limit far beyond it is said and not drawn.
+    and delta, low, high, threshold (where the margin lies), floor_at (where the own limit lies), noise_at (how far the base is
+    from itself) as numbers in the metric's unit or None. Units differ, so each row has its own scale; an own limit far beyond it is said and not drawn.
     """
     wide, group, y = width > 600, None, 22.0
     start, end = (width * 0.315, width * 0.645) if wide else (8, width - 8)
@@ -106,6 +106,10 @@ def _interval(row: Row, start: float, end: float, mid: float, colour: str, most:
         ("high", 5, colour, 2),
     ]
     parts = [line([(start, mid), (end, mid)])]
+    if finite(row.get("noise_at")) and row["noise_at"] > 0:
+        reach = min(1.05, row["noise_at"] / most) * (end - start) * 0.47
+        box = f'x="{centre - reach:.1f}" y="{mid - 10:.1f}" width="{2 * reach:.1f}" height="20"'
+        parts.append(f'<rect class="f-line" {box}/>')
     parts += [line([(at[key], mid - up), (at[key], mid + up)], c, w) for key, up, c, w in strokes if key in at]
     own = [at["floor_at"] + side for side in (-2.5, 2.5)] if "floor_at" in at else []
     parts += [line([(x, mid - 14), (x, mid + 14)], "ink", 1.4) for x in own]

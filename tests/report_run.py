@@ -56,10 +56,13 @@ class Writer:
         )  # fmt: skip
 
 
-def write_scores(folder: Path, *, harm: float = 0.4, short: bool = True, n: int = 112) -> artifact.Artifact:
-    """harm: the share of harmful requests that the tune starts to comply with. short: it makes general answers short."""
+def write_scores(
+    folder: Path, *, harm: float = 0.4, short: bool = True, examples: float = 0.5, n: int = 112
+) -> artifact.Artifact:
+    """harm: the share of harmful requests that the tune starts to comply with. short: it makes general answers
+    short. examples: the share of the task that the base gets right with examples in its prompt."""
     write, rng = Writer(), random.Random(3)
-    _support(write, rng)
+    _support(write, rng, examples)
     _general(write, rng, short=short)
     _knowledge(write, rng)
     _safety(write, rng, harm, n)
@@ -85,16 +88,18 @@ def write_scores(folder: Path, *, harm: float = 0.4, short: bool = True, n: int 
             "judges": {"refusal_pattern": {"version": "2", "card": CARD}, "house_guard": {"version": "1", "card": None}},
             "noise_floor": {"harmful": {"complied": {"items": n, "flips": 2, "mean_abs_delta": 2 / n}},
                             "general": {"answer_tokens": {"items": 48, "flips": 9, "mean_abs_delta": 0.4}}},
+            "lm_eval": {"knowledge": {arm: {"mmlu": {"acc,none": acc, "acc_stderr,none": 0.02, "sample_len": 72}}
+                                      for arm, acc in ((ARMS["base"], 0.5), (ARMS["tuned"], 0.5278))}},
             "calibration": "calibration.json", "cost": "cost.json", "shift": "shift.json",
         }  # fmt: skip
     return artifact.read(folder / "scores")
 
 
-def _support(write: Writer, rng: random.Random) -> None:
+def _support(write: Writer, rng: random.Random, examples: float) -> None:
     for i in range(60):
         write.item("support", f"q-{i:03}", f"How do I load paper into tray {i}?", reference=f"Lift the lever of tray {i}.",
                    cluster_id=f"c{i // 2}", slices={"product": ("printer", "scanner", "plotter")[i % 3]})  # fmt: skip
-        rates = dict(zip(ARMS.values(), (0.1, 0.5, 0.8), strict=True))
+        rates = dict(zip(ARMS.values(), (0.1, examples, 0.8), strict=True))
         for arm, rate in rates.items():
             right = rng.random() < rate
             text = f"Lift the lever of tray {i}." if right else "Paper is a thin sheet made of fibres."

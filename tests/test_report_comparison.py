@@ -88,6 +88,8 @@ def test_a_pass_promotes_and_names_what_is_nearest_to_its_limit(tmp_path):
     report.build(tmp_path)
     text = read(tmp_path).text
     assert "Promote. The tuned model may replace its base." in text
+    assert "Ship exactly what was judged, by its hash: model " in text
+    assert "llmtune sft" not in text
     assert re.search(r"Nearest to its limit is \w+, [\w ]+: (worse by at most|better by at least) [\d.]+", text)
 
 
@@ -95,7 +97,8 @@ def test_limits_of_its_own_stand_beside_the_change(page):
     assert "% itself, at most 20.0 %" in part(page, "changes")
     row = next(row for row in table(page, "The same figures in full") if row[0].startswith("harmful: complied"))
     assert "not worse by more than 5 points, and at most 20.0 % itself" in row[0]
-    assert "base against itself: 2 of 112 differ, by 1.8 % on average" in row[4]
+    assert "noise 1.8 %" in row[4]
+    assert "2 of 112 items differ between two runs of the base" in row[6]
     assert "2 unscored" in row[5]
     assert "3 left out" in row[5]
 
@@ -107,7 +110,10 @@ def test_a_change_within_the_noise_of_the_base_is_called_that(tmp_path):
     (tmp_path / "scores" / "llmtune.json").write_text(json.dumps(facts), encoding="utf-8")
     gate.run(tmp_path / "scores", tmp_path / "verdict")
     report.build(tmp_path)
-    assert "40 of 48 differ, by 30.0 tokens on average; the change lies within that" in read(tmp_path).text
+    assert (
+        "40 of 48 items differ between two runs of the base, and the change lies within that noise"
+        in read(tmp_path).text
+    )
 
 
 def test_slices_are_shown_and_small_ones_are_insufficient(page, verdict):
@@ -127,6 +133,31 @@ def test_examples_are_the_rung_below_tuning(page):
     row = next(row for row in table(page, "The rung below any tuning") if row[0] == "support: exact match")
     base, examples, tuned = (float(cell.split()[0]) for cell in row[1:4])
     assert row[4] == f"{100 * (examples - base) / (tuned - base):.0f} %"
+
+
+def test_examples_that_do_better_than_the_tune_are_named_at_the_top(tmp_path, page):
+    assert "Examples in the prompt" not in page.text.split("Key numbers")[0]
+    write_scores(tmp_path, examples=1.0)
+    gate.run(tmp_path / "scores", tmp_path / "verdict")
+    report.build(tmp_path)
+    beaten = read(tmp_path)
+    words = "Examples in the prompt do better than the tune: aligned + 3 examples on support, exact match."
+    assert words in beaten.text.split("Key numbers")[0]
+    assert (
+        "more than the tune"
+        in next(row for row in table(beaten, "The rung below") if row[0] == "support: exact match")[4]
+    )
+
+
+def test_rows_of_lm_eval_stand_beside_ours(page):
+    assert table(page, "What lm-eval's own command prints")[1] == [
+        "knowledge: mmlu",
+        "acc,none",
+        "72",
+        "0.5000",
+        "–",
+        "0.5278",
+    ]
 
 
 def test_items_left_out_are_counted_by_reason(page):
@@ -381,8 +412,6 @@ def test_the_filter_works_from_an_address_without_a_complaint(folder, browse, tm
     assert {attrs["data-suite"] for attrs in shown} == {"knowledge"}
     shown, told = left("text=gnp.exe")
     assert (len(shown), told) == (1, "1 of 404 items")
-    shown, told = left("text=no+such+words")
-    assert (shown, told) == ([], "0 of 404 items")
     broken = tmp_path / "broken.html"
     text = (folder / "report" / "report.html").read_text(encoding="utf-8")
     broken.write_text(text.replace("</body>", "<script>alert(1)</script></body>"), encoding="utf-8")

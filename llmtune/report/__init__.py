@@ -103,6 +103,7 @@ def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any
         "judges": measured.judges(scored.get("judges"), records),
         "calibration": measured.calibration(measured.stored(folder / "calibration.json"), arms),
         "cost": measured.cost(cost := measured.stored(folder / "cost.json"), arms), "cost_of": cost, "older_cost": older,
+        "lm_eval": measured.lm_eval(scored.get("lm_eval"), arms), "beaten": changes.beaten(rows),
         "shift": measured.stored(folder / "shift.json"), "logged": logged,
         "forest": {size: plots.forest_svg(rows, width) for size, width in widths.items()},
         "curves": {size: plots.curves_svg(logged, width) for size, width in widths.items()},

@@ -47,18 +47,17 @@ def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str,
         "threshold": None if margin is None else side * margin,
         "floor_at": floor_at,  # where, as a change from this base, the model's own limit lies
         "figures": f"{delta} [{low}, {high}]{unit}",
-        "noise": _noise(row.get("noise") or noise.get(row["suite"], {}).get(metric), metric, row["delta"]),
+        "noise": (measured := row.get("noise") or noise.get(row["suite"], {}).get(metric)),
+        "noise_said": _noise_said(measured, row["delta"]) if measured else None,
+        "noise_at": measured["mean_abs_delta"] if measured else None,
     }
 
 
-def _noise(measured: Mapping[str, Any] | None, metric: str, delta: float | None) -> str | None:
+def _noise_said(measured: Mapping[str, Any], delta: float | None) -> str:
     """How far the base is from itself when nothing but the batch size changes."""
-    if not measured:
-        return None
-    flips, mean = measured["flips"], measured["mean_abs_delta"]
-    within = flips and delta is not None and abs(delta) <= mean
-    said = f"base against itself: {flips:g} of {measured['items']:g} differ, by {figure(mean, metric)} on average"
-    return said + ("; the change lies within that" if within else "")
+    within = measured["flips"] and delta is not None and abs(delta) <= measured["mean_abs_delta"]
+    said = f"{measured['flips']:g} of {measured['items']:g} items differ between two runs of the base"
+    return said + (", and the change lies within that noise" if within else "")
 
 
 def nearest(rows: Rows) -> dict[str, Any] | None:
@@ -99,6 +98,14 @@ def slices(verdict: Mapping[str, Any], groups: Mapping[str, str]) -> Rows:
     for i, one in enumerate(made):
         one["open"] = i == 0 or one["counts"]["FAIL"] > 0
     return made
+
+
+def beaten(rows: Rows) -> Rows:
+    """The rows in which the tune is worse than the base with examples in its prompt, beyond its 90 % interval."""
+    against = [
+        row for row in rows if not row["against_base"] and plots.finite(row["low"]) and plots.finite(row["high"])
+    ]
+    return [row for row in against if (row["high"] < 0 if row["higher_is_better"] else row["low"] > 0)]
 
 
 def rung(rows: Rows) -> Rows:

@@ -159,7 +159,7 @@ def _way(item: Item) -> str:
     return min((flip["way"] for flip in item.get("flips", ())), key=WAYS.index, default="none")
 
 
-def examples(found: Sequence[Item], groups: Mapping[str, str], most: int = 8) -> dict[str, Any] | None:
+def examples(found: Sequence[Item], groups: Mapping[str, str], most: int = 5) -> dict[str, Any] | None:
     """The first items of the first suite that was answered in words and may be shown openly, in the order of the file."""
     worded = [
         item

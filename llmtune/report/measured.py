@@ -66,6 +66,21 @@ def calibration(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
     return made
 
 
+def lm_eval(found: Mapping[str, Any] | None, arms: Mapping[str, str]) -> Rows:
+    """What lm-eval's own command prints: a row a task or group and metric, its value in each arm."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for suite, by_arm in (found or {}).items():
+        for arm in arms.values():
+            for task, figures in by_arm.get(arm, {}).items():
+                for metric, value in figures.items():
+                    if metric != "sample_len":
+                        rows.setdefault((suite, task, metric), {"n": figures.get("sample_len")})[arm] = value
+    return [
+        {"suite": suite, "task": task, "metric": metric, "n": row.pop("n"), "values": row}
+        for (suite, task, metric), row in rows.items()
+    ]
+
+
 def cost(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
     """A row a measure: its value in each arm that has one, and tuned over base."""
     rows = []
