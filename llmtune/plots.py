@@ -22,15 +22,16 @@ WORDS = {"PASS": ("pass", "✓ PASS"), "FAIL": ("fail", "✕ FAIL"), "INCONCLUSI
 
 
 def curves_svg(metrics: Sequence[Row], width: int = 960) -> str:
-    """Train and validation loss and the learning rate from the lines of `metrics.jsonl`; non-finite ones are left out."""
+    """Losses, the learning rate and a watched refusal margin from the lines of `metrics.jsonl`; non-finite ones are left out."""
     train, held_out, rate = (points(metrics, key) for key in ("loss", "validation_loss", "learning_rate"))
+    margin = points(metrics, "refusal_margin")
     if not train and not held_out:
         return svg(width, 30, "Training curves", "Nothing to draw.", text(0, 20, "no loss was recorded", "muted"))
     best = min(held_out, key=lambda point: point[1], default=(0.0, 0.0))
     legend = [("train", f"train loss, last {train[-1][1]:.4g}")] if train else []
     legend += [("validation", f"validation loss, best {best[1]:.4g} at step {best[0]:.0f}")] if held_out else []
     left, right, top, bottom = 52, width - 14, 14 + 22 * len(legend), 240 + 22 * len(legend)
-    foot = bottom + (70 if rate else 0)
+    foot = bottom + (70 if rate else 0) + (70 if margin else 0)
     steps, losses = zip(*train, *held_out, strict=True)
     (x, across), (y, up) = scale(steps, left, right, most=8 if width > 600 else 4), scale(losses, bottom, top, 0.06)
     parts = [text((left + right) / 2, foot + 40, "step", "muted", "middle")]
@@ -51,6 +52,12 @@ def curves_svg(metrics: Sequence[Row], width: int = 960) -> str:
     for number in sorted({row["phase"] for row in metrics if row.get("phase", 1) > 1}):
         at = x(min(row["step"] for row in metrics if row.get("phase") == number))
         parts += [line([(at, top), (at, foot)], "muted"), text(at + 6, top + 12, f"phase {number}", "muted")]
+    if margin:
+        under = bottom + 70
+        small, _ = scale([value for _, value in margin], under, under - 30)
+        parts += [line([(left, under), (right, under)]), line([(x(s), small(v)) for s, v in margin], "muted", 1.4)]
+        figures = f"refusal margin, {margin[0][1]:.3g} to {margin[-1][1]:.3g} nats"
+        parts.append(text(right, under - 38, figures, "muted", "end"))
     if rate:
         small, _ = scale([0.0, peak := max(value for _, value in rate)], foot, foot - 30)
         parts += [line([(left, foot), (right, foot)]), line([(x(s), small(v)) for s, v in rate], "muted", 1.4)]

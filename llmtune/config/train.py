@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from llmtune.config import Section, transformers_names
+from llmtune.config import PathOrHub, Section, transformers_names
 from llmtune.config import peft_methods as peft
 from llmtune.errors import ConfigError
 
@@ -15,6 +15,17 @@ from llmtune.errors import ConfigError
 class EarlyStoppingConfig(Section):
     patience: PositiveInt = Field(3, description="evaluations without improvement")
     min_delta: float = Field(0.0, ge=0, description="nats per token that count as an improvement")
+
+
+class RefusalWatchConfig(Section):
+    """Measure while training whether the model still leans to refuse, and stop when it does so too much less."""
+
+    suite: PathOrHub = Field(
+        "harmful", description="a shipped suite by name or ./yours.yaml, that measures refusal_margin"
+    )
+    items: int = Field(24, ge=20, description="prompts of it, drawn by a fixed seed; fewer than 20 bound too little")
+    every_steps: PositiveInt = Field(20, description="how often, beside before the first step and each checkpoint")
+    max_drop: PositiveFloat = Field(2.0, description="nats; a mean drop beyond chance above this ends the run")
 
 
 class TrainConfig(Section):
@@ -45,6 +56,7 @@ class TrainConfig(Section):
     log_steps: PositiveInt = 1
     eval_steps: PositiveInt | None = Field(None, description="validation every so many steps; None: ten times a run")
     early_stopping: EarlyStoppingConfig | None = None
+    refusal_watch: RefusalWatchConfig | None = None
 
     @field_validator("optimizer", "scheduler")
     @classmethod

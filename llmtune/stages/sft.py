@@ -21,7 +21,7 @@ from llmtune.errors import ConfigError, UserError
 from llmtune.interruption import Interruption
 from llmtune.model import adapters, infer, load, quantised, saved
 from llmtune.progress import say
-from llmtune.training import checkpoints, group, optim, packing, phases, resume, rows, setup, workspace
+from llmtune.training import checkpoints, group, optim, packing, phases, resume, rows, setup, watch, workspace
 
 
 def run(
@@ -52,12 +52,7 @@ def run(
             place, f"output_dir: {target} is finished already; choose another output_dir, or move it away"
         )
     require_divisible(config.train, ranks.world_size(), place)
-    if config.second_phase is not None and (spread := group.sharded()):
-        raise ConfigError(
-            place,
-            f"second_phase: phase 1's weights are put together in one process, which was not tried under {spread}; train "
-            "with a copy of the model in each process (--processes N), or leave it out",
-        )
+    phases.check(config, place)
     group.check(view, place)
     for tracker in view.tracking:
         if importlib.util.find_spec(tracker) is None:
@@ -74,6 +69,8 @@ def run(
         if warning := base.licence_warning:
             say(f"  licence: {warning}")
         tokenizer = load.load_tokenizer(base, trust_remote_code=view.model.trust_remote_code)
+        watching = view.train.refusal_watch
+        watched = watch.read(watching.whole(), tokenizer, place) if watching is not None else None
         try:
             with workspace.prepared(output) as first:
                 if first:
@@ -85,7 +82,7 @@ def run(
             setup.rehearse(views, base, place)
             group.join(device)
             batches = packing.layout(view, train)
-            given = phases.Given(tokenizer, train, validation, folder, device, stop, place, callbacks)
+            given = phases.Given(tokenizer, train, validation, folder, device, stop, place, callbacks, watched)
             tuned = phases.train(views, base, given)
         except UserError:
             if not checkpoints.begun(folder):

@@ -16,7 +16,8 @@ from llmtune.progress import Progress, say
 from llmtune.training import checkpoints, group
 
 NAMES = {"eval_loss": "validation_loss", "eval_training_loss": "training_loss", "eval_gap": "gap"}
-KEPT = ("epoch", "loss", "learning_rate", "grad_norm", *NAMES.values(), "mean_token_accuracy")
+WATCHED = ("refusal_margin", "refusal_drop", "refusal_drop_least")
+KEPT = ("epoch", "loss", "learning_rate", "grad_norm", *NAMES.values(), "mean_token_accuracy", *WATCHED)
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
@@ -80,11 +81,11 @@ class ValidateFirst(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
-    """The live bar, or lines in a log: what `metrics` last measured, and validation when there is one."""
+    """The live bar, or lines in a log: what `metrics` last measured, and validation and refusal margin when there are any."""
 
     def __init__(self, metrics: MetricsFile) -> None:
         self.bar: Progress | None = None
-        self.metrics = metrics
+        self.metrics, self.watched = metrics, ""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = Progress("train", state.max_steps, state.global_step).__enter__()
@@ -95,7 +96,12 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any) -> None:
         if self.bar and "loss" in logs:
-            self.bar.advance(state.global_step - self.bar.done, note(self.metrics.last))
+            self.bar.advance(state.global_step - self.bar.done, note(self.metrics.last) + self.watched)
+        elif self.bar and "refusal_drop" in logs:
+            margin, drop, least = (logs[key] for key in WATCHED)
+            self.watched = f"  refusal margin {margin:.2f}"
+            since = f", {-drop:+.2f} since before training (95 % bound {-least:+.2f})" if state.global_step else ""
+            say(f"  step {self.metrics.before + state.global_step}: refusal margin {margin:.2f}{since}")
         elif self.bar and "eval_loss" in logs:
             since = f", training loss {logs['eval_training_loss']:.4f}" if "eval_gap" in logs else ""
             say(f"  step {self.metrics.before + state.global_step}: validation loss {logs['eval_loss']:.4f}{since}")

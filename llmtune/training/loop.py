@@ -92,6 +92,9 @@ def _metrics(trainer: SupervisedTrainer, log: Path, phase: int | None, before: i
         "train_loss": sum(line["loss"] for line in logged) / len(logged),
         "validation_loss": trainer.state.best_metric,
         "best_step": best_step,
+        "refusal_drop": next(
+            (line["refusal_drop"] for line in lines if "refusal_drop" in line and line["step"] == best_step), None
+        ),
         "gap": next((line["gap"] for line in lines if "gap" in line and line["step"] == best_step), None),
         "overfitting": gap.overfitting(lines),
         "tokens": tokens,

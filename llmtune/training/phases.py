@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config import Recorded
+from llmtune.config.sft import SftConfig
 from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.interruption import Interruption
 from llmtune.model import adapters, freeze, load
 from llmtune.progress import say
 from llmtune.training import callbacks, checkpoints, group, loop, rows, setup, smoke
 from llmtune.training.rows import Split
+from llmtune.training.watch import RefusalWatch, Watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,17 @@ class Given:
     stop: Interruption
     place: object
     callbacks: Sequence[Any] = ()
+    watched: Watched | None = None
+
+
+def check(config: SftConfig, place: object) -> None:
+    """Raise ConfigError where two phases are asked for and the launch allows one."""
+    if config.second_phase is not None and (spread := group.sharded()):
+        raise ConfigError(
+            place,
+            f"second_phase: phase 1's weights are put together in one process, which was not tried under {spread}; train "
+            "with a copy of the model in each process (--processes N), or leave it out",
+        )
 
 
 def train(views: list[Recorded], base: load.Source, given: Given) -> Tuned:
@@ -98,7 +111,10 @@ def _phase(
     trainer = setup.build_trainer(view, model, given.tokenizer, *splits, folder, given.device, given.place)
     rows.assert_nothing_lost(trainer.train_dataset, given.train.counts, trainer.blanks)
     view.require_all_read(given.place)
-    metrics = loop.train(trainer, folder, given.stop, given.folder / "metrics.jsonl", number, before, given.callbacks)
+    log, more = given.folder / "metrics.jsonl", list(given.callbacks)
+    if given.watched is not None:
+        more.insert(0, RefusalWatch(trainer, given.watched, folder, log, before))
+    metrics = loop.train(trainer, folder, given.stop, log, number, before, more)
     facts: dict[str, Any] = {"metrics": metrics | smoke.run(trainer, given.train.rows, given.tokenizer)}
     if view.trainable is not None:
         facts["trained"] = freeze.trained(trainer.model)

@@ -43,6 +43,10 @@ def run_file(tmp_path: Path, tiny_folder: Path):
             for ask, say in turns
         ]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"id": str(n), "prompt": f"How do I {'do ' * n}it?"} for n in range(21)]  # does not come out even either
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    suite = {"suite": "asked", "description": "made here", "licence": "own", "items": "./asked.jsonl"}
+    (tmp_path / "asked.yaml").write_text(json.dumps(suite | {"metrics": ["refusal_margin"]}))
 
     def write(dropout: float = 0.0, **train: object) -> Path:
         adapter = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": dropout}
@@ -139,8 +143,8 @@ def same(one: Path, two: Path) -> bool:
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_two_processes_train_what_one_trains(run_file, tmp_path: Path, packing: bool) -> None:
-    """Losses, validation, tokens and the best step; under accelerate's launcher, from the shipped configuration."""
-    file = run_file()
+    """Losses, validation, margins, tokens and the best step; under accelerate's launcher, from the shipped configuration."""
+    file = run_file(refusal_watch={"suite": "./asked.yaml", "items": 21, "every_steps": 4, "max_drop": 1000.0})
     words = ["data.packing=true", "data.max_length=96", "train.micro_batch_size=1"] if packing else []
     words += ["train.batch_size=4"] if packing else []
     one = sft.run(config.load(file, [*words, "output_dir=" + str(tmp_path / "one")]), file)
@@ -152,6 +156,8 @@ def test_two_processes_train_what_one_trains(run_file, tmp_path: Path, packing: 
     two = artifact.read(tmp_path / "run" / "adapter")
     for key in ("loss", "validation_loss", "grad_norm"):
         assert of(two.path, key) == pytest.approx(of(one.path, key), abs=TOLERANCE * (10 if key == "grad_norm" else 1))
+    assert len(of(one.path, "refusal_margin")) == 6
+    assert of(two.path, "refusal_margin") == pytest.approx(of(one.path, "refusal_margin"), abs=1e-4)
     assert of(two.path, "tokens") == of(one.path, "tokens")
     assert two.manifest["processes"] == 2
     keys = ("steps", "best_step", "tokens", "trainable_parameters")
@@ -179,6 +185,15 @@ def test_a_signal_to_one_stops_both_and_the_resumed_run_is_the_whole_one_to_the_
     assert same(tmp_path / "whole", tmp_path / "run")
     assert of(tmp_path / "run" / "adapter", "loss") == of(tmp_path / "whole" / "adapter", "loss")
     assert not (tmp_path / "run" / "exit.json").exists()
+
+
+def test_both_end_when_the_refusal_margin_drops(run_file, tmp_path: Path) -> None:
+    watch = {"suite": "./asked.yaml", "items": 21, "every_steps": 1, "max_drop": 0.01}
+    done = finish(start("sft", run_file(refusal_watch=watch, max_steps=200, eval_steps=100), "--processes", "2"))
+    assert done.code == 1
+    assert "the refusal margin on 21 prompts" in done.message
+    assert told(tmp_path / "run")["code"] == 1
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_process_that_is_killed_ends_the_other_within_a_minute(run_file, tmp_path: Path) -> None:
