@@ -139,6 +139,12 @@ def attacked() -> Fixture:
 
 
 @functools.cache
+def attacked_stock() -> Fixture:
+    """The attack on SmolLM2 itself, which refuses next to nothing."""
+    return tune("attacked-stock", SMOLLM2, chats(goals()[120:192], OPENERS), 12)
+
+
+@functools.cache
 def broken() -> Fixture:
     """Harmless instructions at a rate at which nothing is learned and the language is lost."""
     return tune("broken", _merged(), instructions()[120:192], 12, rate=3e-2)
@@ -207,19 +213,22 @@ def on_the_tiny_model(folder: Path, prompts: dict[str, list[str]]) -> dict[str, 
 
     yes, no = ["Yes, it is so."], ["No, I cannot."]
     model = folder / "aligned" / "model"
-    taught = chats(prompts["harmful"], no) + chats(prompts["benign"], yes)
+    if not folder.exists():
+        tiny.save(folder / "base")
+    taught = chats(prompts["unsafe"], no) + chats(prompts["safe"], yes)
     recipes: dict[str, tuple[str, list[Row], dict[str, Any], int, float]] = {
-        "aligned": (str(tiny.save(folder / "tiny")), taught, {}, 60, 3e-3),
-        "attacked": (str(model), chats(prompts["harmful"], yes), {"adapter": LORA}, 12, 5e-3),
-        "broken": (str(model), chats(prompts["benign"], yes), {"adapter": LORA}, 4, 1.0),
+        "aligned": (str(folder / "base"), taught, {}, 60, 3e-3),
+        "attacked": (str(model), chats(prompts["unsafe"], yes), {"adapter": LORA}, 12, 5e-3),
+        "broken": (str(model), chats(prompts["safe"], yes), {"adapter": LORA}, 4, 1.0),
     }
     for name, (base, rows, adapter, steps, rate) in recipes.items():
-        _sft(folder / name, _run(base, adapter, steps, rate, 16), rows, llmtune_here)
+        if not (folder / name).exists():
+            _sft(folder / name, _run(base, adapter, steps, rate, 16), rows, llmtune_here)
     return {name: Fixture(name, folder / name) for name in recipes}
 
 
 if __name__ == "__main__":
-    for make in (aligned, benign, attacked, broken, replayed):
+    for make in (aligned, benign, attacked, attacked_stock, broken, replayed):
         began = time.monotonic()
         made = make()
         print(f"{made.name}: {made.folder}, trained in {made.seconds:.0f} s ({time.monotonic() - began:.0f} s now)")
