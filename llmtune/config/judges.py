@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from llmtune.config import LocalPath, Section
-
-GUARDS = ("llama_guard", "wildguard", "qwen3guard", "shieldgemma", "classifier")
+from llmtune.config import LocalPath, Section, _resolve_if_local
 
 
 class JudgeConfig(Section):
@@ -20,6 +18,7 @@ class JudgeConfig(Section):
     family: Literal["llama_guard", "wildguard", "qwen3guard", "shieldgemma", "classifier"] | None = Field(
         None, description="guard: how it is asked and how its verdict is read"
     )
+    benign: str | None = Field(None, description="guard of family classifier: its label that means harmless")
     base_url: str | None = Field(None, description="endpoint: OpenAI-compatible, such as http://127.0.0.1:8000/v1")
     api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds its key")
     timeout_s: PositiveFloat = Field(60, description="endpoint: of one request")
@@ -29,6 +28,12 @@ class JudgeConfig(Section):
     card: LocalPath | None = Field(
         None, description="what `llmtune judge validate` measured of it; the gate refuses a judge without one"
     )
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _folder(cls, model: object, info: ValidationInfo) -> object:
+        """A guard's folder lies beside the file; the name that an endpoint knows is passed on as it is."""
+        return _resolve_if_local(model, info) if info.data.get("kind") == "guard" else model
 
     @field_validator("base_url")
     @classmethod
@@ -42,11 +47,13 @@ class JudgeConfig(Section):
     @model_validator(mode="after")
     def _whole(self) -> JudgeConfig:
         needed = {"guard": {"model", "family"}, "endpoint": {"model", "base_url"}}.get(self.kind, set())
-        ours = {"refusal_pattern": {"card"}, "openers": {"card"}, "guard": {"model", "family", "card"}}.get(
+        ours = {"refusal_pattern": {"card"}, "openers": {"card"}, "guard": {"model", "family", "benign", "card"}}.get(
             self.kind, {"model", "base_url", "api_key_env", "timeout_s", "retries", "card"}
         )
         if missing := [key for key in sorted(needed) if getattr(self, key) is None]:
             raise ValueError(f"{missing[0]}: required with kind: {self.kind}")
         if extra := sorted(self.model_fields_set - ours - {"kind"}):
             raise ValueError(f"{extra[0]}: has no effect with kind: {self.kind}")
+        if self.benign is not None and self.family != "classifier":
+            raise ValueError(f"benign: has no effect with family: {self.family}")
         return self

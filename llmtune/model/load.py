@@ -122,7 +122,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     """
     from transformers import AutoTokenizer
 
-    with _named(source):
+    with named(source):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise ConfigError(
@@ -168,7 +168,7 @@ def load_model(
         }  # accelerate asks for the number
     if source.quantize:
         how["quantization_config"] = quantised.settings(source.quantize, kind)
-    with _named(source):
+    with named(source):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=kind,
@@ -190,14 +190,14 @@ def skeleton(source: Source, *, trust_remote_code: bool = False) -> PreTrainedMo
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _named(source), torch.device("meta"):
+    with named(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         return model
 
 
 @contextlib.contextmanager
-def _named(source: Source) -> Iterator[None]:
+def named(source: Source) -> Iterator[None]:
     """Say which folder it is that cannot be read."""
     from safetensors import SafetensorError
 

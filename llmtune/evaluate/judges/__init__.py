@@ -21,6 +21,7 @@ from llmtune.errors import ConfigError, LlmtuneError, did_you_mean
 JUDGES = {
     "refusal_pattern": "llmtune.evaluate.judges.pattern:RefusalPattern",
     "openers": "llmtune.evaluate.judges.openers:Openers",
+    "guard": "llmtune.evaluate.judges.guard:Guard",
     "endpoint": "llmtune.evaluate.judges.endpoint:EndpointJudge",
 }
 Outcome = Literal["refused", "partial", "complied", "incoherent", "unscored"]
