@@ -106,12 +106,15 @@ def measure(pairs: Pairs, versus: str, rule: Rule) -> Row:
     worse = base - tuned if higher else tuned - base
     ends = [end for values in (base, tuned) for end in (float(values.min()), float(values.max()))]
     lowest, spread = (0.0, 1.0) if binary else (min(ends), (max(ends) - min(ends)) or 1.0)
-    low, high, p_value, method, variance = _bounds(worse, worse * started, clusters, binary, spread)
+    low, high, method = interval(worse, clusters, binary, spread)
     low, high = (0 - high, 0 - low) if higher else (low, high)
-    row = replace(row, low=low, high=high, method=method, reason=reason, p_value=None if reason else p_value)
+    chance = None if reason else p_value(worse * started, clusters, method)
+    row = replace(row, low=low, high=high, method=method, reason=reason, p_value=chance)
     if row.margin is None:
         seen = "lower than" if high < 0 else "higher than" if low > 0 else "not told apart from"
         return replace(row, reason=reason or f"{seen} {versus}; decides nothing")
+    net, sizes = stats.sums_by_cluster(worse, clusters)
+    variance = float(((net - (0 if binary else worse.mean()) * sizes) ** 2).sum() / len(worse))
     together = variance / float(abs(worse).mean()) if method == TANGO_CLUSTERED else row.n / row.clusters
     needed = _items_needed(row, float(worse.mean()), variance, together, 0.0 if method == BOOTSTRAP else spread)
     row = replace(row, floor_effect=_floor_effect(row, base[started]) if binary else None, items_needed=needed)
@@ -125,27 +128,32 @@ def _values(used: Pairs, higher: bool) -> tuple[stats.Floats, stats.Floats]:
     return base, np.array([float(not higher) if b.value is None else b.value for _, b in used])
 
 
-def _bounds(
-    worse: stats.Floats, shown: stats.Floats, clusters: list[str], binary: bool, spread: float
-) -> tuple[float, float, float, str, float]:
-    """Low and high of the mean of `worse`, the p-value that `shown` is above 0, the method, one item's variance."""
-    _, index, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
-    net = np.bincount(index, weights=worse)
-    variance = float(((net - (0 if binary else worse.mean()) * sizes) ** 2).sum() / len(worse))
+def interval(
+    worse: stats.Floats, clusters: Sequence[str], binary: bool, spread: float = 1.0
+) -> tuple[float, float, str]:
+    """Low and high of the mean of `worse`, differences of values that span `spread`, and by which method."""
+    net = stats.sums_by_cluster(worse, clusters)[0]
     if (binary and len(net) == len(worse)) or np.count_nonzero(net) < LEAST_CHANGED:
-        seen = np.bincount(index, weights=shown)
-        p_value = stats.mcnemar_midp(int(np.count_nonzero(seen > 0)), int(np.count_nonzero(seen < 0)))
-        return *stats.tango_over_clusters(worse, clusters, CONFIDENCE, spread), p_value, TANGO, variance
-    p_value = stats.cluster_bootstrap_p(shown, clusters)
+        return *stats.tango_over_clusters(worse, clusters, CONFIDENCE, spread), TANGO
     if binary:
-        return *stats.tango_by_design(worse, clusters, CONFIDENCE), p_value, TANGO_CLUSTERED, variance
-    return *stats.cluster_bootstrap_interval(worse, clusters, CONFIDENCE), p_value, BOOTSTRAP, variance
+        return *stats.tango_by_design(worse, clusters, CONFIDENCE), TANGO_CLUSTERED
+    return *stats.cluster_bootstrap_interval(worse, clusters, CONFIDENCE), BOOTSTRAP
+
+
+def p_value(shown: stats.Floats, clusters: Sequence[str], method: str) -> float:
+    """One-sided, that the mean of `shown` is above 0; for an interval by that method."""
+    if method == BOOTSTRAP:
+        return stats.cluster_bootstrap_p(shown, clusters)
+    if method == TANGO_CLUSTERED:
+        return stats.mcnemar_clustered(shown, clusters)
+    seen = stats.sums_by_cluster(shown, clusters)[0]
+    return stats.mcnemar_midp(int(np.count_nonzero(seen > 0)), int(np.count_nonzero(seen < 0)))
 
 
 def _floor(tuned: stats.Floats, clusters: list[str], kind: str, limit: float, lowest: float, spread: float) -> Floor:
     """The tuned arm's own mean against its limit, by a score interval where few clusters differ, else by the bootstrap."""
-    _, index, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
-    net, mean, size = np.bincount(index, weights=tuned), float(tuned.mean()), len(tuned) / len(sizes)
+    net, sizes = stats.sums_by_cluster(tuned, clusters)
+    mean, size = float(tuned.mean()), len(tuned) / len(sizes)
     differing = len(net) - max(Counter(np.round(net / sizes, 9).tolist()).values())
     zero_one = (lowest, spread) == (0.0, 1.0) and set(tuned.tolist()) <= {0.0, 1.0}
     at_limit: float | None = None

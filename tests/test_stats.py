@@ -244,6 +244,23 @@ def test_midp_points_at_the_first_count():
         stats.mcnemar_midp(-1, 3)
 
 
+@pytest.mark.parametrize(("b", "c"), [(7, 1), (16, 6), (30, 12), (12, 30)])
+def test_clustered_mcnemar_over_singletons_is_mcnemars(b, c):
+    values = [1] * b + [-1] * c + [0] * 20
+    ours = stats.mcnemar_clustered(values, singletons(len(values)))
+    theirs = mcnemar([[0, b], [c, 0]], exact=False, correction=False).pvalue
+    assert 2 * min(ours, 1 - ours) == pytest.approx(theirs, rel=1e-9)
+    assert (ours < 0.5) == (b > c)
+
+
+def test_clustered_mcnemar_counts_what_changes_together_once():
+    values = np.repeat([1] * 12 + [-1] * 5 + [0] * 23, 4)
+    once = stats.mcnemar_clustered([1] * 12 + [-1] * 5 + [0] * 23, singletons(40))
+    assert stats.mcnemar_clustered(values, np.repeat(singletons(40), 4).tolist()) == pytest.approx(once)
+    assert stats.mcnemar_clustered(values, singletons(160)) < once / 10
+    assert stats.mcnemar_clustered([0] * 40, singletons(40)) == 0.5
+
+
 # ---- Holm
 
 
