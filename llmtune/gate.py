@@ -147,7 +147,8 @@ def _summary(gating: Sequence[Row], failed_slices: Sequence[Row]) -> tuple[str, 
     failed, undecided = ([row for row in gating if row.verdict == word] for word in ("FAIL", "INCONCLUSIVE"))
     beyond = [row for row in failed if row.floor and row.floor.verdict == "FAIL"]
     worse = [row for row in failed if row not in beyond or (row.p_holm is not None and row.p_holm < ALPHA)]
-    slices = f"{len(failed_slices)} slices ({', '.join(row.name for row in failed_slices)})"
+    many = f"{len(failed_slices)} slice{'s' * (len(failed_slices) > 1)}"
+    slices = f"{many} ({', '.join(row.name for row in failed_slices)})"
     parts = [f"worse than the base, beyond chance, on {listed(worse)}"] if worse else []
     parts += [f"beyond its floor on {listed(beyond)}"] if beyond else []
     parts += [f"worse than the base, beyond chance, on {slices}"] if failed_slices else []
@@ -160,8 +161,8 @@ def _summary(gating: Sequence[Row], failed_slices: Sequence[Row]) -> tuple[str, 
         )
     else:
         word, said = "PASS", f"All {len(gating)} gating metrics pass."
-    if floors := [row.name for row in gating if row.floor_effect]:
-        said += f" Floor effect on {len(floors)} of them ({', '.join(floors)}): a PASS there is no evidence."
+    if floors := [row for row in gating if row.floor_effect]:
+        said += f" Floor effect on {listed(floors)}: a PASS there is no evidence."
     return word, said
 
 
@@ -264,7 +265,7 @@ def _told(row: Row) -> Row:
     if row.noise:
         flips, items, change = (row.noise[key] for key in ("flips", "items", "mean_abs_delta"))
         said = f"{flips:g} of {items:g} items flip when nothing but the batch size changes"
-        inside = flips and row.delta is not None and abs(row.delta) <= change
+        inside = row.delta is not None and 0 < abs(row.delta) <= change
         notes.append(said + (f", and the change lies inside that noise ({change:.3g})" if inside else ""))
     if row.corrected:
         names = {"base": row.versus, "tuned": "tuned", "delta": "change"}

@@ -134,10 +134,27 @@ def interval(
     """Low and high of the mean of `worse`, differences of values that span `spread`, and by which method."""
     net = stats.sums_by_cluster(worse, clusters)[0]
     if (binary and len(net) == len(worse)) or np.count_nonzero(net) < LEAST_CHANGED:
-        return *stats.tango_over_clusters(worse, clusters, CONFIDENCE, spread), TANGO
+        return *_tango(worse, clusters, spread), TANGO
     if binary:
         return *stats.tango_by_design(worse, clusters, CONFIDENCE), TANGO_CLUSTERED
     return *stats.cluster_bootstrap_interval(worse, clusters, CONFIDENCE), BOOTSTRAP
+
+
+def _tango(worse: stats.Floats, clusters: Sequence[str], spread: float) -> tuple[float, float]:
+    """Tango's interval; where all that changed changed one way, no narrower than that count's exact one.
+
+    Then it is a plain binomial count, for which the score interval is too narrow: at 42 items harm as large as a margin of
+    .10 passed 6.8 % of the time, and an improvement no larger than what is asked up to 8.5 %.
+    """
+    low, high = stats.tango_over_clusters(worse, clusters, CONFIDENCE, spread)
+    net, sizes = stats.sums_by_cluster(worse, clusters)
+    if (net >= 0).all() == (net <= 0).all():
+        return low, high
+    pairs = math.floor(sizes.sum() ** 2 / (sizes**2).sum() + 1e-9)
+    events = min(pairs, math.ceil(pairs * abs(net).sum() / sizes.sum() / spread - 1e-9))
+    ends = [spread * end for end in stats.clopper_pearson(events, pairs, CONFIDENCE)]
+    least, most = ends if net.sum() > 0 else (-ends[1], -ends[0])
+    return min(low, least), max(high, most)
 
 
 def p_value(shown: stats.Floats, clusters: Sequence[str], method: str) -> float:

@@ -117,6 +117,30 @@ def wilson_over_clusters(
     return lowest + spread * low, lowest + spread * high
 
 
+def clopper_pearson(events: int, n: int, confidence: float) -> tuple[float, float]:
+    """Exact interval for a proportion: each end has at least this confidence on its own side, whatever the proportion.
+
+    Raises ValueError unless 0 <= events <= n and n > 0. Source: Clopper & Pearson 1934, Biometrika 26:404-413, by bisection.
+    """
+    if not 0 <= events <= n or n <= 0:
+        raise ValueError(f"needs 0 <= events <= n and n > 0, got events={events}, n={n}")
+    tail, count = NORMAL.cdf(-_two_sided_z(confidence)), np.arange(events + 1)
+    ways = np.array([math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in count])
+
+    def at_most(share: float, most: int) -> float:
+        logs = ways[: most + 1] + count[: most + 1] * math.log(share) + (n - count[: most + 1]) * math.log1p(-share)
+        return float(np.exp(logs).sum())
+
+    def crossing(chance: float, most: int) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            share = (low + high) / 2
+            low, high = (share, high) if at_most(share, most) > chance else (low, share)
+        return high
+
+    return crossing(1 - tail, events - 1) if events else 0.0, crossing(tail, events) if events < n else 1.0
+
+
 def mcnemar_midp(b: int, c: int) -> float:
     """One-sided mid-p value against "b is not the likelier direction": small when b outnumbers c.
 

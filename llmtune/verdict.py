@@ -88,7 +88,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.suite}.{self.metric}" + (" where {} = {}".format(*self.slice) if self.slice else "")
+        of_slice = " where {} = {}".format(*self.slice) if self.slice else ""
+        return "".join(c if c.isprintable() else "\ufffd" for c in f"{self.suite}.{self.metric}{of_slice}")
 
     @property
     def limit(self) -> float:

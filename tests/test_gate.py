@@ -163,6 +163,17 @@ def test_improves_by_has_all_three_outcomes():
         assert row.verdict == "INCONCLUSIVE"
 
 
+def test_what_changed_one_way_alone_has_an_exact_bound():
+    """1 of 42: Tango's bound is .098, and P(1 or less) where the harm is .10 is .068, not .05."""
+    _, row = one(both(*flips(42, 1, 0)), {"margin": 0.10})
+    assert (row.verdict, row.high) == ("INCONCLUSIVE", pytest.approx(stats.clopper_pearson(1, 42, 0.90)[1]))
+    assert stats.tango_interval(1, 0, 42, 0.90)[1] < 0.10 < row.high
+    _, row = one(both(*flips(42, 0, 1)), {"margin": 0.10})
+    assert (row.verdict, row.low) == ("PASS", pytest.approx(-stats.clopper_pearson(1, 42, 0.90)[1]))
+    _, row = one(both(*flips(42, 2, 1)), {"margin": 0.10})
+    assert (row.low, row.high) == pytest.approx(stats.tango_interval(2, 1, 42, 0.90))
+
+
 # ---- several metrics
 
 
@@ -216,7 +227,7 @@ def test_a_base_that_cannot_get_worse_passes_without_evidence():
     assert row.floor_effect == "the base already has the worst value (30 of 30), so this suite cannot show a regression"
     assert verdict.floor_effects == 1
     assert verdict.summary == (
-        "All 1 gating metrics pass. Floor effect on 1 of them (safety.complies): a PASS there is no evidence."
+        "All 1 gating metrics pass. Floor effect on 1 of 1 gating metrics (safety.complies): a PASS there is no evidence."
     )
     assert "PASS (floor)" in verdict_of.render_text(verdict)
 
@@ -270,7 +281,7 @@ def test_a_missing_tuned_score_counts_as_bad():
     base, tuned = flips(100, 0, 0, bad=30)
     _, row = one(both(base, [*tuned[:-12], *[None] * 12]), {"margin": 0.05})
     assert (row.verdict, row.unscored) == ("FAIL", {"base": 0, "tuned": 12})
-    assert (row.low, row.high) == pytest.approx(stats.tango_interval(12, 0, 100, 0.90))
+    assert (row.low, row.high) == pytest.approx(stats.clopper_pearson(12, 100, 0.90))
     assert "12 missing scores count against the tuned model" in row.reason
 
 
@@ -411,7 +422,7 @@ def test_one_bad_slice_fails_the_whole_and_is_named():
     assert bad.p_holm == pytest.approx(3 * stats.mcnemar_midp(8, 0))
     assert (bad.n, bad.delta) == (40, pytest.approx(0.2))
     named = "safety.complies where kind = c"
-    assert f"worse than the base, beyond chance, on 1 slices ({named})" in verdict.summary
+    assert f"worse than the base, beyond chance, on 1 slice ({named})" in verdict.summary
     text = verdict_of.render_text(verdict)
     assert f"{named}: worse by 0.2, beyond chance" in " ".join(text.split())
     assert "3 slices: 2 PASS, 1 FAIL" in text
@@ -652,7 +663,9 @@ def test_few_changed_clusters_are_not_left_to_the_bootstrap():
     worse = values.copy()
     worse[:8] = 1
     _, row = one(both(values.tolist(), worse.tolist(), clusters=clusters), {"margin": 0.25})
-    assert (row.low, row.high) == pytest.approx(stats.tango_interval(2, 0, 25, 0.90))
+    assert (row.low, row.high) == pytest.approx(
+        (stats.tango_interval(2, 0, 25, 0.90)[0], stats.clopper_pearson(2, 25, 0.90)[1])
+    )
     assert row.p_value == stats.mcnemar_midp(2, 0)
 
 

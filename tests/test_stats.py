@@ -214,6 +214,33 @@ def test_a_mean_at_its_floor_is_cleared_at_most_about_five_percent_of_the_time(n
     assert scipy.stats.binom.pmf(np.flatnonzero(cleared), n, limit).sum() <= 0.06
 
 
+# ---- Clopper's and Pearson's exact interval
+
+
+@pytest.mark.parametrize(
+    ("events", "n"), [(0, 30), (1, 42), (3, 60), (30, 60), (60, 60), (1, 1), (137, 450), (20, 4000)]
+)
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+def test_clopper_pearson_against_statsmodels_and_scipy(events, n, confidence):
+    ours = stats.clopper_pearson(events, n, confidence)
+    assert ours == pytest.approx(proportion_confint(events, n, alpha=1 - confidence, method="beta"), abs=1e-9)
+    theirs = scipy.stats.binomtest(events, n).proportion_ci(confidence, method="exact")
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    with pytest.raises(ValueError, match="events <= n"):
+        stats.clopper_pearson(n + 1, n, confidence)
+
+
+def test_clopper_pearson_gives_the_published_intervals():
+    """Newcombe 1998, table I, method 5."""
+    for events, n, low, high in [
+        (81, 263, 0.2527, 0.3676),
+        (15, 148, 0.0578, 0.1617),
+        (0, 20, 0, 0.1684),
+        (1, 29, 0.0009, 0.1776),
+    ]:
+        assert stats.clopper_pearson(events, n, 0.95) == pytest.approx((low, high), abs=5.1e-5)
+
+
 # ---- McNemar's mid-p
 
 

@@ -67,6 +67,7 @@ def test_markdown_says_the_verdict_first_then_one_table_then_folds_the_rest(verd
 def test_no_name_becomes_markup(verdict):
     text = verdict_of.render_markdown(verdict)
     assert "<script>" not in text
+    assert "\x00" not in text + verdict_of.render_text(verdict)
     assert re.search(r"(?<!\\)@all", text) is None
     assert set(re.findall(r"(?<!\\)<[^>]*>", text)) == {"<details>", "</details>", "<summary>", "</summary>"}
 
