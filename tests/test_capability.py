@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from llmtune import config, scores
@@ -155,9 +159,11 @@ def one(place: Path, name: str | dict) -> object:
 
 def theirs(folder: Path, place: Path, name: str, **settings: object) -> dict:
     """lm-eval's own way from the folder to the table, in this process: it loads the model itself."""
-    spec = tasks._Factory(place)
     index = TaskManager(include_path=str(place.parent / "tasks"), include_defaults=False).task_index
-    task = spec.build(index[name], registry=index)
+    return by_lm_eval(folder, tasks._Factory(place).build(index[name], registry=index), **settings)
+
+
+def by_lm_eval(folder: Path, task: object, **settings: object) -> dict:
     return lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
@@ -171,8 +177,7 @@ def theirs(folder: Path, place: Path, name: str, **settings: object) -> dict:
 
 def require_equal(result: capability.Result, row: dict, samples: list[dict], names: dict[str, list[str]]) -> None:
     """Every value of every item and the aggregates, to the last digit."""
-    scores = {key: value for key, value in row.items() if "," in key and "_stderr" not in key}
-    assert result.aggregates == {key: None if math.isnan(value) else value for key, value in scores.items()}
+    require_same_scores(result, row)
     mine = {item.item_id.split("/")[1]: item for item in result.items}
     assert len(samples) == len(mine) * len({sample["filter"] for sample in samples})
     for sample in samples:
@@ -180,6 +185,11 @@ def require_equal(result: capability.Result, row: dict, samples: list[dict], nam
             value = mine[sample["doc"]["id"]].metrics[tasks.name_of(metric, sample["filter"])]
             assert value == pytest.approx(sample[metric], abs=0)
         assert mine[sample["doc"]["id"]].prompt == sample["arguments"][0][0]
+
+
+def require_same_scores(result: capability.Result, row: dict) -> None:
+    scores = {key: value for key, value in row.items() if "," in key and "_stderr" not in key}
+    assert result.aggregates == {key: None if math.isnan(value) else value for key, value in scores.items()}
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
@@ -360,12 +370,26 @@ def test_a_task_that_cannot_be_used_is_an_error_before_anything_runs(place, file
 
 def test_a_rule_needs_a_metric_that_items_have(place):
     found = tasks.load(["t_choices", "t_corpus"], place).tasks
-    tasks.require_gated({"acc": 1, "brier_score": 1}, found, place)
+
+    def require(gate, given=found, **more):
+        rules = {metric: {"margin": 0.1} for metric in gate}
+        suite = config.validate(SuiteConfig, {"suite": "s", "lm_eval": ["t"], "gate": rules, **more}, place)
+        tasks.require_usable(suite, given, place)
+
+    require(["acc", "brier_score"])
     with pytest.raises(ConfigError, match=r"gate\.accc: is no metric of t_choices, t_corpus; did you mean 'acc'"):
-        tasks.require_gated({"accc": 1}, found, place)
+        require(["accc"])
     with pytest.raises(ConfigError, match=r"gate\.mcc: is computed over all items at once"):
-        tasks.require_gated({"mcc": 1}, found, place)
-    tasks.require_gated({"what it says": 1}, {"t": one(place, "t_writes")}, place)  # its own code names its metrics
+        require(["mcc"])
+    require(["what it says"], {"t": one(place, "t_writes")})  # its own code names its metrics
+    with pytest.raises(ConfigError, match="unsafe_code: has no effect: t_choices, t_corpus run no code of the model"):
+        require([], unsafe_code=True)
+    runs = {"t": one(place, {"task": "t_writes", "unsafe_code": True})}
+    with pytest.raises(
+        ConfigError, match="t runs the code that the model writes on this machine; write unsafe_code: true"
+    ):
+        require([], runs)
+    require([], runs, unsafe_code=True)
 
 
 def test_a_suite_of_three_lines(tmp_path):
@@ -377,6 +401,83 @@ def test_a_suite_of_three_lines(tmp_path):
             config.validate(SuiteConfig, {**raw, key: value}, tmp_path / "mine.yaml")
     with pytest.raises(ConfigError, match="max_new_tokens: has no effect without a metric of the model's own answer"):
         config.validate(SuiteConfig, {**raw, "metrics": ["loss"], "max_new_tokens": 4}, tmp_path / "mine.yaml")
+
+
+PUBLISHED = Path(os.environ.get("LLMTUNE_TEST_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
+
+
+def published(name: str) -> list[dict]:
+    """A few rows of a published set, with the fields it has on the hub; skips where the set is absent."""
+    file = {
+        "gsm8k": "gsm8k/test.jsonl",
+        "arc_challenge": "arc/ARC-Challenge-Dev.jsonl",
+        "truthfulqa_mc1": "truthfulqa/validation_en_mc.json",
+        "truthfulqa_mc2": "truthfulqa/validation_en_mc.json",
+        "ifeval": "ifeval/input_data.jsonl",
+    }[name]
+    if not (PUBLISHED / file).is_file():
+        pytest.skip(f"{file} is not on this machine")
+    text = (PUBLISHED / file).read_text(encoding="utf-8")
+    rows = json.loads(text)[:6] if text.startswith("[") else [json.loads(line) for line in text.splitlines()[:6]]
+    for row in rows:
+        if name == "arc_challenge":
+            options = row["question"]["choices"]
+            row["choices"] = {key: [option[key] for option in options] for key in ("text", "label")}
+            row["question"] = row["question"]["stem"]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k", "arc_challenge", "truthfulqa_mc1", "truthfulqa_mc2"])
+def test_lm_evals_own_tasks_on_rows_that_lie_here(place, folder, subject, name):
+    rows = published(name)
+    (place.parent / "here.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_name": None, "num_fewshot": 1}
+    files = dict.fromkeys(("train", "validation", "test"), "here.jsonl")
+    task = one(place, {"task": name, **data, "dataset_kwargs": {"data_files": files}})
+    result = capability.run(*subject, task, 3)
+    (file,) = (Path(lm_eval.__file__).parent / "tasks").glob(f"*/{name}.yaml")
+    files = {split: str(place.parent / file) for split, file in files.items()}
+    again = ConfigurableTask(config={**load_yaml(file), **data, "dataset_kwargs": {"data_files": files}})
+    expected = by_lm_eval(folder, again, batch_size=3, apply_chat_template=True, fewshot_as_multiturn=True)
+    samples = expected["samples"][name]
+    require_same_scores(result, expected["results"][name])
+    for sample in samples:
+        (item,) = (item for item in result.items if item.doc == sample["doc"])
+        for metric in sample["metrics"]:
+            assert item.metrics[tasks.name_of(metric, sample["filter"])] == float(sample[metric])
+        assert item.prompt == sample["arguments"][0][0]
+    if name == "gsm8k":
+        assert result.items[0].metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    scored_by_itself = name in ("arc_challenge", "truthfulqa_mc1")
+    assert all((item.right is not None) == scored_by_itself for item in result.items)
+
+
+@pytest.mark.slow
+def test_shipped_suites_name_tasks_that_lm_eval_has():
+    known = tasks._installed()
+    for file in (Path(__file__).parent.parent / "evals" / "suites").glob("*.yaml"):
+        for name in config.read_yaml(file).get("lm_eval", []):
+            assert name in known or (file.parent.parent / "tasks" / f"{name}.yaml").is_file(), name
+
+
+@pytest.mark.slow
+def test_ifeval_says_what_it_needs_or_scores_by_instruction(place, subject):
+    rows = published("ifeval")
+    (place.parent / "here.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = {"task": "ifeval", "dataset_path": "json", "dataset_kwargs": {"data_files": {"train": "here.jsonl"}}}
+    spec["generation_kwargs"] = {"until": [], "max_gen_toks": 8}
+    if importlib.util.find_spec("immutabledict") is None:
+        with pytest.raises(
+            LlmtuneError, match=r"the task ifeval needs a package that is missing; pip install 'llmtune\[ifeval\]'"
+        ):
+            tasks.load([spec], place)
+        return
+    result = capability.run(*subject, one(place, spec), 3)
+    every = [
+        share for item in result.items for share in [item.metrics["inst_level_strict_acc"]] * len(item.doc["kwargs"])
+    ]
+    assert result.aggregates["inst_level_strict_acc,none"] == pytest.approx(np.mean(every))
 
 
 @pytest.mark.slow
@@ -398,8 +499,7 @@ def test_the_scores_are_those_of_the_command(place, folder, subject, tmp_path):
 
 
 def require_command(result: capability.Result, row: dict, samples: list[dict], numbers: list[str]) -> None:
-    scores = {key: value for key, value in row.items() if "," in key and "_stderr" not in key}
-    assert result.aggregates == {key: None if math.isnan(value) else value for key, value in scores.items()}
+    require_same_scores(result, row)
     mine = {item.item_id.split("/")[1]: item for item in result.items}
     for sample in samples:
         item = mine[sample["doc"]["id"]]

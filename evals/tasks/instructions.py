@@ -7,45 +7,47 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 END = re.compile(r"[.!?]+[\"')*]*(?=\s|$)")
 
 
-def process_results(doc, results):
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """followed: 1 when every check holds. parts: which of them hold."""
     said = results[0].strip()
     held = [bool(said) and follows(check, said) for check in doc["checks"]]
     return {"followed": float(all(held)), "parts": held}
 
 
-def share(items):
+def share(items: list[list[bool]]) -> float:
     """lm-eval's aggregate of `parts`: the share of all checks that hold, over all items."""
     held = [part for parts in items for part in parts]
     return sum(held) / len(held)
 
 
-def follows(check, said):
+def follows(check: str, said: str) -> bool:
     name, _, argument = check.partition(" ")
     return CHECKS[name](said, argument)
 
 
-def words(said):
+def words(said: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", said)
 
 
-def sentences(said):
+def sentences(said: str) -> list[str]:
     return [part.strip() for part in END.split(said) if words(part)]
 
 
-def lines(said):
+def lines(said: str) -> list[str]:
     return [line.strip() for line in said.splitlines() if line.strip()]
 
 
-def times(word, said):
+def times(word: str, said: str) -> int:
     return sum(one.lower() == word.lower() for one in words(said))
 
 
-def value(said):
+def value(said: str) -> Any:
     """What the answer is as JSON, in a code fence or not; a lone object() when it is none."""
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", said, re.DOTALL)
     try:
@@ -54,24 +56,24 @@ def value(said):
         return object()
 
 
-def has_keys(given, keys):
+def has_keys(given: Any, keys: list[str]) -> bool:
     return isinstance(given, dict) and given.keys() == set(keys)
 
 
-def number(given):
+def number(given: Any) -> bool:
     return isinstance(given, int | float) and not isinstance(given, bool)
 
 
-def under(said, key):
+def under(said: str, key: str) -> Any:
     given = value(said)
     return given.get(key) if isinstance(given, dict) else None
 
 
-def is_list(given, length, kind):
+def is_list(given: Any, length: int, kind: type) -> bool:
     return isinstance(given, list) and len(given) == length and all(isinstance(one, kind) for one in given)
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[str, str], bool]] = {
     "words_exactly": lambda said, n: len(words(said)) == int(n),
     "words_at_most": lambda said, n: len(words(said)) <= int(n),
     "words_at_least": lambda said, n: len(words(said)) >= int(n),

@@ -105,7 +105,7 @@ def load_suite(name: str, place: Path, items: dict[str, str] | None = None) -> S
         from llmtune.evaluate import tasks
 
         found = tasks.load(suite.lm_eval, file)
-        tasks.require_gated(suite.gate, found.tasks, file)
+        tasks.require_usable(suite, found.tasks, file)
         return Suite(suite, fingerprint([raw, found.sha256()]), [], found.tasks, found.groups)
     asked = _items(suite, file)
     ids = Counter(item.item_id for item in asked)

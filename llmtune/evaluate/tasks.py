@@ -30,6 +30,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from llmtune import config
+from llmtune.config.eval import SuiteConfig
 from llmtune.errors import ConfigError, LlmtuneError, did_you_mean
 from llmtune.progress import say
 
@@ -86,6 +87,8 @@ def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:
             raise ConfigError(
                 place, f"lm_eval: there is no task '{name}' in evals/tasks nor in lm-eval{did_you_mean(name, index)}"
             )
+        if "dataset_kwargs" in overrides:  # a path in a suite is relative to the suite
+            overrides["dataset_kwargs"] = _absolute_files(overrides["dataset_kwargs"], place.parent)
         with watched() as notes:
             built = _Factory(place).build(index[name], overrides=overrides or None, registry=index)
         for line in notes.lines():
@@ -101,11 +104,23 @@ def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:
     return made
 
 
-def require_gated(gate: dict[str, Any], tasks: dict[str, Any], place: Path) -> None:
-    """Raise ConfigError for a gate rule on a metric that the tasks do not have, or that no single item has a value of.
+def require_usable(suite: SuiteConfig, tasks: dict[str, Any], place: Path) -> None:
+    """Raise ConfigError for code that would run unasked, pictures or sound, and for a rule on a metric no item has a value of."""
+    unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe and not suite.unsafe_code:
+        why = f"{unsafe[0]} runs the code that the model writes on this machine"
+        raise ConfigError(place, f"lm_eval: {why}; write unsafe_code: true where nothing here can come to harm")
+    if suite.unsafe_code and not unsafe:
+        raise ConfigError(place, f"unsafe_code: has no effect: {', '.join(tasks)} run no code of the model")
+    if other := [name for name, task in tasks.items() if getattr(task, "MULTIMODAL", False)]:
+        raise ConfigError(
+            place, f"lm_eval: {other[0]} asks about pictures or sound, and only text is given to a model here"
+        )
+    _require_gated(suite.gate, tasks, place)
 
-    A task with scoring code of its own may name its metrics as it goes; then nothing is known before it ran.
-    """
+
+def _require_gated(gate: dict[str, Any], tasks: dict[str, Any], place: Path) -> None:
+    """A task with scoring code of its own may name its metrics as it goes; then nothing is known before it ran."""
     known: dict[str, bool] = {}
     for task in tasks.values():
         scored_by = getattr(task, "_metric_fn_list", None)
@@ -157,16 +172,19 @@ class _Factory(TaskFactory):  # type: ignore[misc]
         file = entry.yaml_path
         if file is None or Path(file).is_relative_to(Path(lm_eval.__file__).parent):
             return task
-        if isinstance(task.get("num_fewshot", 0), bool):
-            raise TypeError("num_fewshot is no number")
-        files = dict(task.get("dataset_kwargs") or {})
-        for key in {"data_files", "data_dir"} & files.keys():
-            files[key] = _absolute(files[key], Path(file).parent)
+        files = _absolute_files(task.get("dataset_kwargs") or {}, Path(file).parent)
         return {**task, "dataset_kwargs": files} if files else task
 
 
+def _absolute_files(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """lm-eval takes the paths in `dataset_kwargs` as relative to the working directory."""
+    return {
+        key: _absolute(value, folder) if key in {"data_files", "data_dir"} else value for key, value in given.items()
+    }
+
+
 def _absolute(value: Any, folder: Path) -> Any:
-    """Paths as a task file names its data: text, a list or a split each. lm-eval takes them as relative to the working directory."""
+    """Paths as a task file names its data: text, a list or a split each."""
     if isinstance(value, dict):
         return {split: _absolute(paths, folder) for split, paths in value.items()}
     if isinstance(value, list):
