@@ -245,11 +245,16 @@ def has_the_rules(suite, text):
         assert f"{rule['margin']:.2f}" in text or f"than {rule['margin']:g}" in text, suite
 
 
+def asked_by(suite):
+    """The file of items of a shipped task of lm-eval."""
+    return next(iter(SUITES[suite].get("lm_eval", [])), "").removeprefix("llmtune_")
+
+
 def test_the_shipped_suites_are_described_as_they_are():
     rows = {cells[0].strip("`"): cells[1:] for cells in table(DOCS / "eval.md", "suite")}
     assert rows.keys() == SUITES.keys() - PUBLISHED.keys() - {"docstrings"}
     for suite, (items, text) in rows.items():
-        prompts = ROOT / "evals" / "suites" / SUITES[suite].get("items", "../prompts/knowledge.jsonl")
+        prompts = ROOT / "evals" / "suites" / SUITES[suite].get("items", f"../prompts/{asked_by(suite)}.jsonl")
         lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
         where = SUITES[suite].get("where", {}).items()
         taken = [line for line in lines if all(line[field] == text for field, text in where)]

@@ -185,7 +185,7 @@ def _value(raw: Any, aggregation: Any) -> Any:
     if not isinstance(raw, bool | int | float | np.number | np.bool_):
         return _NO_VALUE
     number = float(raw)
-    if math.isnan(number) and aggregation is theirs.nanmean:
+    if math.isnan(number) and aggregation is not theirs.mean:
         return _NO_VALUE  # how a task says that the metric is not about this item
     return number if math.isfinite(number) else None
 
