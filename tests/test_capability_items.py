@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import json
@@ -16,7 +15,7 @@ import tiny
 
 from llmtune import config
 from llmtune.config.eval import SuiteConfig
-from llmtune.evaluate import capability, tasks
+from llmtune.evaluate import capability, instructions, tasks
 
 EVALS = Path(__file__).parent.parent / "evals"
 NAMES = {"reasoning": "kind", "code": "kind", "maths": "steps", "instructions": "kind"}
@@ -24,14 +23,6 @@ NAMES = {"reasoning": "kind", "code": "kind", "maths": "steps", "instructions": 
 
 def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (EVALS / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="module")
-def checks():
-    spec = importlib.util.spec_from_file_location("instructions", EVALS / "tasks" / "instructions.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,22 +73,22 @@ def test_the_answers_of_word_problems_are_calculated():
     assert set(operations["1"]) == {1} and set(operations["2"]) <= {2, 3}
 
 
-def test_every_instruction_can_be_followed_and_missed(checks):
+def test_every_instruction_can_be_followed_and_missed():
     for row in rows("instructions"):
-        assert checks.process_results(row, [row["answer"]]) == {
+        assert instructions.process_results(row, [row["answer"]]) == {
             "followed": 1.0,
             "parts": [True] * len(row["checks"]),
         }, row
-        assert checks.process_results(row, [""])["followed"] == 0.0
-        assert {check.partition(" ")[0] for check in row["checks"]} <= checks.CHECKS.keys()
+        assert instructions.process_results(row, [""])["followed"] == 0.0
+        assert {check.partition(" ")[0] for check in row["checks"]} <= instructions.CHECKS.keys()
     # what a model says that does not read the instruction
     rambling = (
         "Sure! I can help with that, of course. Here is what I think about it: it depends (on many things), doesn't it?"
     )
-    kept = [row["id"] for row in rows("instructions") if checks.process_results(row, [rambling])["followed"]]
+    kept = [row["id"] for row in rows("instructions") if instructions.process_results(row, [rambling])["followed"]]
     assert len(kept) <= 5, kept
     used = {check.partition(" ")[0] for row in rows("instructions") for check in row["checks"]}
-    assert used == checks.CHECKS.keys()
+    assert used == instructions.CHECKS.keys()
 
 
 @pytest.mark.parametrize(
@@ -122,8 +113,8 @@ def test_every_instruction_can_be_followed_and_missed(checks):
         ("matches a b", "a b", "xa b"),
     ],
 )
-def test_checks_are_neither_lax_nor_picky(checks, check, good, bad):
-    assert checks.follows(check, good) and not checks.follows(check, bad)
+def test_checks_are_neither_lax_nor_picky(check, good, bad):
+    assert instructions.follows(check, good) and not instructions.follows(check, bad)
 
 
 @pytest.fixture(scope="module")
