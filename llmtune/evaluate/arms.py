@@ -6,6 +6,7 @@ one, a GGUF file or an endpoint.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -18,7 +19,8 @@ from llmtune.config.eval import EvalConfig
 from llmtune.config.metrics import METRICS
 from llmtune.data.chats import load_chats
 from llmtune.errors import ConfigError, LlmtuneError
-from llmtune.evaluate import judges, measure, observations, scoring, subjects
+from llmtune.evaluate import calibration, contamination, cost, judges, measure, observations, scoring, shift, subjects
+from llmtune.evaluate.contamination import Trained
 from llmtune.evaluate.measure import Arm, Unit
 from llmtune.evaluate.observations import Observation, Store
 from llmtune.evaluate.subjects import Memory, Subject
@@ -52,6 +54,11 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     for arm in arms:
         for suite in suites:
             measure.require_able(arm, suite, place)
+    trained = contamination.trained_on(tuned.made)
+    if view.cost:
+        cost.check(view.cost.whole(), {"base": base, "tuned": tuned}, suites, place)
+    if view.shift:
+        shift.check(view.shift.whole(), trained, place)
     device = load.choose_device(view.device)
     memory = Memory([base, tuned], subjects.dtype_of(base, tuned, view.dtype, device), device)
     view.require_all_read(place)
@@ -65,7 +72,7 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
         group.wait()  # each knows what was done before any of them does more
         plans = _observe(arms, suites, memory, store)
         group.wait()
-        return group.from_first(lambda: _finish(settings, place, arms, suites, plans, memory, parts, output))
+        return group.from_first(lambda: _finish(settings, place, arms, suites, plans, memory, trained, parts, output))
 
 
 def _two(view: Recorded) -> tuple[Subject, Subject]:
@@ -125,6 +132,7 @@ def _finish(
     suites: list[Suite],
     plans: dict[tuple[str, str], list[Unit]],
     memory: Memory,
+    trained: Trained,
     parts: Path,
     output: Path,
 ) -> Artifact:
@@ -136,18 +144,22 @@ def _finish(
     for one in seen:
         if one.item is not None and (one.suite, one.item_id) not in items:
             items[one.suite, one.item_id] = Item(one.suite, one.item_id, **one.item)
+    items, left_out = contamination.leave_out(items, trained)
     who = {name: (suite.config, suite.sha256) for name, suite in by_name.items()}
     sha256 = {arm.name: arm.subject.sha256 for arm in arms}
     records, spoken = scoring.score(seen, items, who, sha256, settings.judge, place, settings.preference)
     noise = _noise_floor(records) if settings.noise_floor else None
     records = [record for record in records if record.arm != AGAIN]
     _assert_effect(records, arms)
+    beside = _beside(settings, arms, suites, seen, items, records, memory, trained)
     base, tuned = arms[0].subject, arms[-1].subject
     parents = [one.made for one in (base, tuned) if one.made]
     with artifact.writing(output, "scores", parents, replace=True) as draft:
         (draft.path / scores.FILE).write_text(scores.dump(records), encoding="utf-8")
         (draft.path / observations.FILE).write_text("".join(one.line() for one in seen), encoding="utf-8")
         scoring.write_items(items.values(), draft.path / ITEMS)
+        for name, found in beside.items():
+            (draft.path / name).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
         draft.facts.update(
             config=settings.model_dump(mode="json", exclude_none=True),
             subject=tuned.parent(),
@@ -162,6 +174,7 @@ def _finish(
             },
             judges=spoken,
             noise_floor=noise,
+            contamination=left_out,
             lm_eval=_tables(seen, suites),
             cost={arm.name: _cost([record for record in records if record.arm == arm.name]) for arm in arms},
         )
@@ -171,6 +184,27 @@ def _finish(
     else:
         shutil.rmtree(parts)
     return artifact.read(output)
+
+
+def _beside(
+    settings: EvalConfig,
+    arms: list[Arm],
+    suites: list[Suite],
+    seen: list[Observation],
+    items: dict[tuple[str, str], Item],
+    records: list[Score],
+    memory: Memory,
+    trained: Trained,
+) -> dict[str, dict[str, Any]]:
+    """What stands beside the scores and decides nothing, by its file."""
+    found = {"calibration.json": calibration.of_observations((one for one in seen if one.arm != AGAIN), items)}
+    if settings.cost:
+        both = {"base": arms[0].subject, "tuned": arms[-1].subject}
+        ours = [item for suite in suites for item in suite.items]
+        found["cost.json"] = cost.measure(settings.cost, both, ours, memory, settings.batch_size)
+    if settings.shift:
+        found["shift.json"] = shift.measure(settings.shift, items.values(), records, trained, memory.device)
+    return {name: figures for name, figures in found.items() if figures}
 
 
 def _tables(seen: list[Observation], suites: list[Suite]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ calibration would show on the very same confidences, and what is compared betwee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune import stats
+from llmtune.evaluate.observations import Observation
+from llmtune.evaluate.suites import Item
 from llmtune.stats import Floats
 
 BINS = 10
@@ -186,6 +188,35 @@ def summarise(
         for field, values in slices.items()
     }
     return entry
+
+
+def of_observations(seen: Iterable[Observation], items: Mapping[tuple[str, str], Item]) -> dict[str, dict[str, Any]]:
+    """What `calibration.json` holds: an entry for every suite whose choices were given log-probabilities.
+
+    Counted are the items that every arm of the suite answered and that are not excluded; `unscored` says how many others there are.
+    """
+    given: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for one in seen:
+        if one.logprobs and items[one.suite, one.item_id].right is not None:
+            given.setdefault(one.suite, {}).setdefault(one.arm, {})[one.item_id] = one.logprobs
+    found = {}
+    for suite, arms in given.items():
+        asked = list(dict.fromkeys(identity for of_arm in arms.values() for identity in of_arm))
+        usable = [items[suite, identity] for identity in asked if _usable(items[suite, identity], arms.values())]
+        if usable:
+            clusters, right = [item.cluster_id for item in usable], [int(item.right or 0) for item in usable]
+            answered = {
+                arm: answers([its[item.item_id] for item in usable], right, clusters) for arm, its in arms.items()
+            }
+            fields = {field for item in usable for field in item.slices}
+            slices = {field: [item.slices.get(field, "") for item in usable] for field in sorted(fields)}
+            found[suite] = summarise(answered, slices) | {"unscored": len(asked) - len(usable)}
+    return found
+
+
+def _usable(item: Item, arms: Iterable[Mapping[str, list[float]]]) -> bool:
+    rows = [of_arm.get(item.item_id, []) for of_arm in arms]
+    return item.excluded is None and all(row and np.isfinite(row).all() for row in rows)
 
 
 def _figures(given: Answers, *, whole: bool) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Item:
     response: str | None
     metrics: dict[str, float | None]
     higher_is_better: dict[str, bool]
+    question: str | None = None
     choices: list[str] | None = None
     logprobs: list[float] | None = None
     right: int | None = None
@@ -223,10 +224,17 @@ def _item(task: Any, sample: dict[str, Any], identity: str) -> Item:
         response=said,
         metrics={},
         higher_is_better={},
+        question=_question(task, sample),
         choices=choices,
         logprobs=logprobs,
         right=right,
     )
+
+
+def _question(task: Any, sample: dict[str, Any]) -> str | None:
+    """The item in its own words: no examples before it and no chat template around it."""
+    said = task.doc_to_text(sample["doc"])
+    return said if isinstance(said, str) and said.strip() else None
 
 
 def _choices(task: Any, sample: dict[str, Any]) -> tuple[list[str] | None, list[float] | None, int | None]:

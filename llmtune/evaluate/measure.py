@@ -255,6 +255,7 @@ def _lm_eval(arm: Arm, suite: Suite, name: str, model: Any, tokenizer: Any) -> I
             "cluster_id": str(item.doc.get("cluster", item.item_id)),
             "turns": [{"role": "user", "content": item.prompt}],
             "slices": slices | ({"task": name} if len(suite.tasks) > 1 else {}),
+            "text": item.question,
             "reference": item.reference,
             "choices": item.choices,
             "right": item.right,

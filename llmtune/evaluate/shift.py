@@ -16,6 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune import stats
+from llmtune.config.eval import ShiftConfig
+from llmtune.data.chats import Chat, load_chats
+from llmtune.errors import ConfigError
+from llmtune.evaluate.contamination import Trained
+from llmtune.evaluate.suites import Item
+from llmtune.model import encoder
+from llmtune.progress import Progress
 from llmtune.scores import Score
 
 MOST_TRAINING, MOST_ITEMS = 1_000, 500  # prompts embedded, drawn by a seed
@@ -54,6 +61,38 @@ class Domain:
     @property
     def distinguishable(self) -> bool | None:
         return None if self.auc is None or self.auc_null_95 is None else self.auc > self.auc_null_95
+
+
+def check(settings: ShiftConfig, trained: Trained, place: object) -> None:
+    """Raise ConfigError where the training rows or the encoder cannot be had. Nothing is loaded."""
+    if settings.rows is None and trained.missing:
+        raise ConfigError(place, f"shift.rows: required here, since {trained.missing}")
+    encoder.find(settings.encoder, "shift.encoder")
+
+
+def measure(
+    settings: ShiftConfig, items: Iterable[Item], records: Iterable[Score], trained: Trained, device: str
+) -> dict[str, dict[str, Any]]:
+    """What `shift.json` holds: the prompts of every suite against those of training, and the changes there (see `summarise`)."""
+    chats = load_chats(settings.rows, training=True, answers=False) if settings.rows else trained.chats()
+    training, rows = draw(((str(n), _asked(chat)) for n, chat in enumerate(chats)), MOST_TRAINING)
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for item in items:
+        prompts.setdefault(item.suite, []).append((item.cluster_id, item.question))
+    drawn = {suite: draw(pairs, MOST_ITEMS)[0] for suite, pairs in prompts.items()}
+    reader = encoder.build(encoder.find(settings.encoder, "shift.encoder"), device)
+    with Progress("shift: prompts read", len(training) + sum(map(len, drawn.values()))) as bar:
+        of_training = encoder.encode(reader, training, bar.advance)
+        domains = {
+            suite: distinguish(of_training, encoder.encode(reader, texts, bar.advance))
+            for suite, texts in drawn.items()
+        }
+    counts = {"rows": rows, "drawn": len(training)}
+    return summarise(domains, changes(records, "base", "tuned"), counts)
+
+
+def _asked(chat: Chat) -> str:
+    return str(chat.prompt[-1]["content"]) if chat.prompt else str(chat.turns[-1]["content"])
 
 
 def distinguish(training: Vectors, items: Vectors, seed: int = 0) -> Domain:

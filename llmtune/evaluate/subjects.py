@@ -134,6 +134,11 @@ class Memory:
         else:
             yield self._model
 
+    def one_model(self) -> bool:
+        """Whether one model in memory answers for all of them."""
+        first, *rest = [self._carrier(subject) for subject in self._subjects]
+        return all(carrier is first for carrier in rest)
+
     def release(self) -> None:
         self._loaded = self._model = None
         gc.collect()

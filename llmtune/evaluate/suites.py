@@ -27,7 +27,8 @@ LENGTHS = ("short", "middle", "long")
 class Item:
     """One thing to ask: turns before an answer, or plain text, and what the answer is held against.
 
-    prefill: what the answer is made to begin with. right: the number of the right one among `choices`. hidden: collapsed in
+    text: what a plain text says; of an item of lm-eval its own question, which `turns` holds as its task writes it. prefill: what the
+    answer is made to begin with. right: the number of the right one among `choices`. hidden: collapsed in
     a report. excluded: why it is asked and does not count.
     """
 
@@ -50,6 +51,11 @@ class Item:
     def prompt(self) -> str:
         """The last thing said to the model."""
         return str(self.turns[-1]["content"]) if self.turns else str(self.text)
+
+    @property
+    def question(self) -> str:
+        """Its own words, without what a task of lm-eval and the chat template write around them."""
+        return self.prompt if self.text is None else self.text
 
 
 @dataclass(frozen=True)
