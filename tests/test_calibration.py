@@ -38,7 +38,7 @@ def test_the_reliability_bins_are_sklearns():
 
 @pytest.mark.parametrize(
     ("bins", "confidences", "known"),
-    [  # the figures that docs/calibration.md gives, and the confidences that show them
+    [  # as measured apart from this code, with the confidences that show them
         (10, lambda rng, n: rng.uniform(0.6, 1, n), {50: 0.132, 100: 0.096, 200: 0.068, 1000: 0.030}),
         (15, lambda rng, n: rng.beta(5, 1, n), {100: 0.098, 200: 0.071, 500: 0.045, 1000: 0.030, 5000: 0.014}),
     ],

@@ -82,14 +82,18 @@ def lm_eval(found: Mapping[str, Any] | None, arms: Mapping[str, str]) -> Rows:
 
 
 def cost(found: Mapping[str, Any], arms: Mapping[str, str]) -> Rows:
-    """A row a measure: its value in each arm that has one, and tuned over base."""
-    rows = []
+    """A row a measure: its value in each arm that has one, and tuned over base.
+
+    Beside a median stands the ratio that was taken prompt by prompt, with its interval.
+    """
+    paired, rows = found.get(arms.get("tuned", ""), {}).get("ratio", {}), []
     for label, kind, path in MEASURES:
         values = {arm: _at(found[arm], path) for arm in arms.values() if arm in found}
         if any(value is not None for value in values.values()):
             base, tuned = values.get(arms.get("base", "")), values.get(arms.get("tuned", ""))
             ratio = tuned / base if tuned is not None and base else None
-            rows.append({"label": label, "kind": kind, "values": values, "ratio": ratio})
+            by_prompt = paired.get(path[0]) if path[-1] == "p50" else None
+            rows.append({"label": label, "kind": kind, "values": values, "ratio": ratio, "by_prompt": by_prompt})
     return rows
 
 
