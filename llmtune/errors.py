@@ -101,7 +101,7 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     ):
         return (
             1,
-            "out of memory; lower micro_batch_size or max_length, or set train.activation_checkpointing to true",
+            "out of memory; lower micro_batch_size or max_length, or set train.activation_checkpointing to true; of an evaluation, lower batch_size",
         )
     if isinstance(error, OSError) and error.errno is not None:
         return 1, f"{error.filename or 'the machine'}: {error.strerror}"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
+import torch
+
 from llmtune import artifact
 from llmtune.artifact import Artifact
 from llmtune.errors import ConfigError
@@ -142,6 +144,8 @@ class Memory:
     def release(self) -> None:
         self._loaded = self._model = None
         gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def _carrier(self, subject: Subject) -> Subject:
         """The subject whose weights are loaded for this one: of a base, the adapter on it."""

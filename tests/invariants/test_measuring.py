@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 
@@ -144,6 +145,19 @@ def test_two_models_of_any_kind_are_compared(folder: Path, tiny_folder: Path, tm
     assert mine == theirs
     with pytest.raises(ConfigError, match="there is nothing to compare"):
         evaluate(folder, run=None, base=str(tiny_folder), tuned=str(tiny_folder), output_dir="./x")
+
+
+def test_a_student_with_another_template_answers_the_same_requests(folder: Path, tiny_folder: Path, tmp_path) -> None:
+    template = tiny.CHATML.replace("assistant\n", "assistant\n\n")
+    student = tiny.save(tmp_path / "student", seed=1, chat_template=template)
+    raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c" / "scores")}
+    made = evaluate(folder, run=None, **raw)
+    records = scores.read(made.path / scores.FILE)
+    asked = {(s.suite, s.item_id, s.prompt_sha256) for s in records}
+    assert len(asked) == 44 + 24 + 24, "both were asked the same, each through its own template"
+    words = {arm: made.manifest["subjects"][arm]["source"]["words_sha256"] for arm in ("base", "tuned")}
+    assert words["base"] != words["tuned"]
+    assert gate.read(gate.run(made.path, tmp_path / "verdict")).rows
 
 
 @pytest.mark.slow
