@@ -63,6 +63,9 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     memory = Memory([base, tuned], subjects.dtype_of(base, tuned, view.dtype, device), device)
     view.require_all_read(place)
     parts = output.parent / f".{output.name}-parts"
+    plans, encoded = _plans(arms, suites, memory), measure.Encoded()
+    for arm, suite, units in plans:
+        measure.encode(arm, suite, units, memory, encoded)
     for suite in suites:
         asked = f"{len(suite.items)} items" if suite.items else f"lm-eval's {', '.join(suite.tasks)}"
         say(f"  suite {suite.name}: {asked}; licence: {suite.config.licence}")
@@ -70,7 +73,8 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
         group.join(device)
         store = Store(parts)
         group.wait()  # each knows what was done before any of them does more
-        plans = _observe(arms, suites, memory, store)
+        for arm, suite, units in plans:
+            measure.observe(arm, suite, units, memory, store, encoded)
         group.wait()
         return group.from_first(lambda: _finish(settings, place, arms, suites, plans, memory, trained, parts, output))
 
@@ -114,15 +118,14 @@ def _check_judges(view: Recorded, suites: list[Suite], place: Path | str) -> Non
         view.preference.whole()
 
 
-def _observe(arms: list[Arm], suites: list[Suite], memory: Memory, store: Store) -> dict[tuple[str, str], list[Unit]]:
-    plans = {}
-    for arm in arms:
-        for suite in suites:
-            if (arm.examples and not suite.config.few_shot) or (arm.name == AGAIN and suite.tasks):
-                continue
-            plans[arm.name, suite.name] = units = measure.plan(arm, suite, memory)
-            measure.observe(arm, suite, units, memory, store)
-    return plans
+def _plans(arms: list[Arm], suites: list[Suite], memory: Memory) -> list[tuple[Arm, Suite, list[Unit]]]:
+    """What each arm is asked of each suite, and in which batches."""
+    return [
+        (arm, suite, measure.plan(arm, suite, memory))
+        for arm in arms
+        for suite in suites
+        if not (arm.examples and not suite.config.few_shot) and not (arm.name == AGAIN and suite.tasks)
+    ]
 
 
 def _finish(
@@ -130,7 +133,7 @@ def _finish(
     place: Path | str,
     arms: list[Arm],
     suites: list[Suite],
-    plans: dict[tuple[str, str], list[Unit]],
+    plans: list[tuple[Arm, Suite, list[Unit]]],
     memory: Memory,
     trained: Trained,
     parts: Path,
@@ -138,7 +141,7 @@ def _finish(
 ) -> Artifact:
     """What all processes observed -> the scores artifact."""
     store = Store(parts, failed=True)
-    seen = [one for units in plans.values() for unit in units for one in store[unit.key]]
+    seen = [one for _, _, units in plans for unit in units for one in store[unit.key]]
     by_name = {suite.name: suite for suite in suites}
     items = {(item.suite, item.item_id): item for suite in suites for item in suite.items}
     for one in seen:

@@ -87,7 +87,30 @@ def require_able(arm: Arm, suite: Suite, place: object) -> None:
         raise ConfigError(place, f"{arm.subject.name}: an endpoint cannot be made to begin an answer ('{suite.name}')")
 
 
-def observe(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, store: Store) -> None:
+Encoded = dict[str, dict[int, Any]]
+
+
+def encode(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, done: Encoded) -> None:
+    """Add to `done` every item of the units as tokens; arms that read alike share them. No weight is needed.
+
+    Raises one DataError that names every item that cannot be encoded.
+    """
+    if arm.subject.kind == "endpoint":
+        return
+    for probe in dict.fromkeys(unit.probe for unit in units if unit.probe != "lm_eval"):
+        key = _reading(arm, suite, probe)
+        if key not in done:
+            asked = [n for unit in units if unit.probe == probe for n in unit.items]
+            done[key] = _encode(ENCODERS[probe], memory.tokenizer(arm.subject), arm, suite, asked)
+
+
+def _reading(arm: Arm, suite: Suite, probe: str) -> str:
+    """What an item's tokens depend on."""
+    words = arm.subject.source.words_sha256 if arm.subject.source else ""
+    return fingerprint([words, arm.examples, suite.sha256, probe])
+
+
+def observe(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, store: Store, encoded: Encoded) -> None:
     """Do this process's share of the units that are not in the store."""
     mine = [unit for unit in units if unit.key not in store][ranks.rank() :: ranks.world_size()]
     for probe in dict.fromkeys(unit.probe for unit in mine):
@@ -99,16 +122,13 @@ def observe(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, store: St
                 for unit in todo:
                     store.put(unit.key, _lm_eval(arm, suite, unit.task, model, memory.tokenizer(arm.subject)))
         else:
-            _ask(arm, suite, todo, memory, store)
+            _ask(arm, suite, todo, memory, store, encoded[_reading(arm, suite, probe)])
 
 
-def _ask(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, store: Store) -> None:
+def _ask(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, store: Store, encoded: dict[int, Any]) -> None:
     tokenizer, probe = memory.tokenizer(arm.subject), units[0].probe
-    encoded = _encode(ENCODERS[probe], tokenizer, arm, suite, [n for unit in units for n in unit.items])
-    with (
-        memory.active(arm.subject) as model,
-        Progress(f"{arm.name}: {suite.name}, {TITLES[probe]}", len(encoded)) as bar,
-    ):
+    title, number = f"{arm.name}: {suite.name}, {TITLES[probe]}", sum(len(unit.items) for unit in units)
+    with memory.active(arm.subject) as model, Progress(title, number) as bar:
         for unit in units:
             asked = [encoded[n] for n in unit.items]
             facts = PROBES[probe](model, tokenizer, asked, suite.config.max_new_tokens, bar.advance)
@@ -127,7 +147,6 @@ def request_sha256(arm: Arm, item: Item) -> str:
 
 
 def _encode(encode: Callable[..., Any], tokenizer: Any, arm: Arm, suite: Suite, asked: list[int]) -> dict[int, Any]:
-    """Each item as tokens. Raises one DataError that names every item that cannot be."""
     encoded, problems = {}, []
     for n in asked:
         try:

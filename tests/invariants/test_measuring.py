@@ -148,7 +148,7 @@ def test_two_models_of_any_kind_are_compared(folder: Path, tiny_folder: Path, tm
 
 
 def test_a_student_with_another_template_answers_the_same_requests(folder: Path, tiny_folder: Path, tmp_path) -> None:
-    template = tiny.CHATML.replace("assistant\n", "assistant\n\n")
+    template = tiny.CHATML.replace("message.role", "message.role | upper").replace("assistant", "ASSISTANT")
     student = tiny.save(tmp_path / "student", seed=1, chat_template=template)
     raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c" / "scores")}
     made = evaluate(folder, run=None, **raw)
@@ -158,6 +158,15 @@ def test_a_student_with_another_template_answers_the_same_requests(folder: Path,
     words = {arm: made.manifest["subjects"][arm]["source"]["words_sha256"] for arm in ("base", "tuned")}
     assert words["base"] != words["tuned"]
     assert gate.read(gate.run(made.path, tmp_path / "verdict")).rows
+
+
+def test_what_cannot_be_encoded_is_named_before_any_weight_is_loaded(folder: Path, tiny_folder: Path, tmp_path) -> None:
+    template = tiny.CHATML.replace("assistant\n", "assistant\n\n")  # a prompt that no finished chat begins with
+    student = tiny.save(tmp_path / "student", seed=1, chat_template=template)
+    (student / "model.safetensors").write_bytes(b"no weights")
+    raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c" / "scores")}
+    with pytest.raises(DataError, match=r"24 problems\n.*chosen.jsonl:1: this chat template writes a finished chat"):
+        evaluate(folder, run=None, **raw)
 
 
 @pytest.mark.slow
