@@ -95,7 +95,7 @@ def scores_folder(tmp_path):
                         record = Score(**suite, **item, arm=arm, value=value, artifact_sha256=arm)
                         stream.write(json.dumps(asdict(record)) + "\n")
             draft.facts["suites"] = {"s": {"sha256": "x", "gate": {"loss": {"margin": 0.1}}}}
-            draft.facts |= {"arms": arms, "subject": {"sha256": "tuned"}}
+            draft.facts |= {"arms": arms, "subject": {"sha256": "tuned"}, "judges": {}}
         return tmp_path / "run"
 
     return write
