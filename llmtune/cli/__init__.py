@@ -113,7 +113,7 @@ OVERRIDES = _argument(
 PROCESSES = _argument(
     "--processes", type=_positive, metavar="N", help="in N processes on this machine: one a GPU, or on the CPU"
 )
-COMPUTING = {"quickstart", "sft", "verify", "evaluate", "compare", "merge", "chat", "validate"}
+COMPUTING = {"quickstart", "sft", "verify", "evaluate", "compare", "merge", "chat", "validate", "again"}
 RUN = _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds adapter/")
 JSON = _argument("--json", action="store_true", help="print the result as JSON")
 FILES = [
@@ -121,7 +121,10 @@ FILES = [
     _argument("--markdown", type=Path, metavar="FILE", help="also write it as Markdown, for a pull request"),
 ]
 
-GROUPS = {"data": "look at rows before anything is trained", "judge": "measure who judges answers"}
+GROUPS = {
+    "data": "look at rows before anything is trained",
+    "judge": "measure who judges answers, or let another one judge them",
+}
 
 VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "quickstart": (
@@ -267,6 +270,21 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
                 metavar="FILE",
                 help="where the card goes; default: judge_card.json",
             ),
+            JSON,
+        ],
+    ),
+    "judge again": (
+        "judges:again",
+        "let another judge judge the stored answers of an evaluation; no model runs but the judge's own",
+        [
+            _argument("scores", type=Path, metavar="SCORES", help="the scores folder of a run, or the run"),
+            _argument(
+                "--judge",
+                required=True,
+                metavar="FILE.yaml",
+                help="the keys of a 'judge' section, or a kind that needs none",
+            ),
+            _argument("--output", type=Path, required=True, metavar="DIR", help="for the new scores; DIR is made"),
             JSON,
         ],
     ),

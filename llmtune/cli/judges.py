@@ -1,4 +1,4 @@
-"""`llmtune judge validate`: how often a judge is right, by labels that people gave."""
+"""`llmtune judge validate` and `llmtune judge again`: how often a judge is right, and what another one says of the same answers."""
 
 from __future__ import annotations
 
@@ -32,18 +32,33 @@ def validate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def again(arguments: argparse.Namespace) -> int:
+    """Stored answers by another judge, as new scores."""
+    from llmtune.evaluate import rejudge
+
+    settings = _settings(arguments.judge)
+    folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
+    made, changes = rejudge.again(folder, settings, arguments.output, arguments.judge)
+    told = json.dumps(rejudge.as_json(made, changes), indent=1) if arguments.json else rejudge.render(made, changes)
+    sys.stdout.write(told + "\n")
+    say(f"\nnext: llmtune gate {made.path}")
+    return 0
+
+
 def _judge(given: str) -> Any:
+    from llmtune.evaluate import judges
+
+    return judges.load(_settings(given).model_copy(update={"card": None}), given)  # an earlier card says nothing here
+
+
+def _settings(given: str) -> JudgeConfig:
     """From a file with the keys of a `judge` section, or from a kind that needs no more."""
     from llmtune.evaluate import judges
 
     named = given.endswith((".yaml", ".yml"))
     if not named:
         judges.judge_class(given)
-    raw = config.read_yaml(Path(given)) if named else {"kind": given}
-    if isinstance(raw, dict):
-        raw.pop("card", None)  # an earlier card says nothing here
-    settings = config.validate(JudgeConfig, raw, given)
-    return judges.load(settings, given)
+    return config.validate(JudgeConfig, config.read_yaml(Path(given)) if named else {"kind": given}, given)
 
 
 def _is_card(file: Path) -> bool:

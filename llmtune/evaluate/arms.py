@@ -23,6 +23,7 @@ from llmtune.evaluate import calibration, contamination, cost, judges, measure, 
 from llmtune.evaluate.contamination import Trained
 from llmtune.evaluate.measure import Arm, Unit
 from llmtune.evaluate.observations import Observation, Store
+from llmtune.evaluate.scoring import AGAIN
 from llmtune.evaluate.subjects import Memory, Subject
 from llmtune.evaluate.suites import Item, Suite, load_suites
 from llmtune.model import load
@@ -30,7 +31,6 @@ from llmtune.progress import say
 from llmtune.scores import Score
 from llmtune.training import group
 
-AGAIN = "base, another batch size"
 ITEMS = "items.jsonl"
 
 
@@ -151,7 +151,7 @@ def _finish(
     who = {name: (suite.config, suite.sha256) for name, suite in by_name.items()}
     sha256 = {arm.name: arm.subject.sha256 for arm in arms}
     records, spoken = scoring.score(seen, items, who, sha256, settings.judge, place, settings.preference)
-    noise = _noise_floor(records) if settings.noise_floor else None
+    noise = scoring.noise_floor(records) if settings.noise_floor else None
     records = [record for record in records if record.arm != AGAIN]
     _assert_effect(records, arms)
     beside = _beside(settings, arms, suites, seen, items, records, memory, trained)
@@ -217,26 +217,6 @@ def _tables(seen: list[Observation], suites: list[Suite]) -> dict[str, Any] | No
     from llmtune.evaluate import capability
 
     return capability.tables(seen, suites)
-
-
-def _noise_floor(records: list[Score]) -> dict[str, dict[str, Any]]:
-    """What changes when nothing but the batch size does: by suite and metric, how many items, and by how much."""
-    pairs: dict[tuple[str, str, str], dict[str, float | None]] = {}
-    for record in records:
-        if record.arm in ("base", AGAIN):
-            pairs.setdefault((record.suite, record.metric, record.item_id), {})[record.arm] = record.value
-    found: dict[str, dict[str, Any]] = {}
-    for (suite, metric, _), values in pairs.items():
-        if AGAIN in values:
-            entry = found.setdefault(suite, {}).setdefault(metric, {"items": 0, "flips": 0, "mean_abs_delta": 0.0})
-            before, after = values.get("base"), values[AGAIN]
-            entry["items"] += 1
-            entry["flips"] += before != after
-            entry["mean_abs_delta"] += abs((before or 0.0) - (after or 0.0))
-    for metrics in found.values():
-        for entry in metrics.values():
-            entry["mean_abs_delta"] = round(entry["mean_abs_delta"] / entry["items"], 6)
-    return found
 
 
 def _cost(records: list[Score]) -> dict[str, float | None]:

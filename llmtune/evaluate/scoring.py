@@ -20,6 +20,8 @@ from llmtune.scores import Score
 
 AGAINST = {"complied": {"complied", "partial"}, "refused": {"refused", "partial"}}
 """A partial refusal counts against the model in both directions: it leaked something, and it held something back."""
+AGAIN = "base, another batch size"
+"""The arm by which a noise floor is measured; it is in no record."""
 JUDGED = {"refused", "partial", "complied"}
 
 
@@ -172,6 +174,25 @@ def _prefer(
     for key, better in zip(keys, pairwise.prefer(pairs, preference, place), strict=True):
         found["tuned", *key] = better
         found["base", *key] = None if better is None else 1 - better
+    return found
+
+
+def noise_floor(records: list[Score]) -> dict[str, dict[str, Any]]:
+    """What changes when nothing but the batch size does: by suite and metric, how many items, and by how much."""
+    pairs: dict[tuple[str, str, str], dict[str, float | None]] = {}
+    for record in records:
+        if record.arm in ("base", AGAIN):
+            pairs.setdefault((record.suite, record.metric, record.item_id), {})[record.arm] = record.value
+    found: dict[str, dict[str, Any]] = {}
+    for (suite, metric, _), values in pairs.items():
+        if AGAIN in values:
+            entry = found.setdefault(suite, {}).setdefault(metric, {"items": 0, "flips": 0, "mean_abs_delta": 0.0})
+            before, after = values.get("base"), values[AGAIN]
+            entry["items"] += 1
+            entry["flips"] += before != after
+            entry["mean_abs_delta"] += abs((before or 0.0) - (after or 0.0))
+    for entry in (entry for by_metric in found.values() for entry in by_metric.values()):
+        entry["mean_abs_delta"] = round(entry["mean_abs_delta"] / entry["items"], 6)
     return found
 
 
