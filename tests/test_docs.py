@@ -138,6 +138,8 @@ def test_yaml_loads(file):
             assert config.build(raw, file).stage == raw["stage"]
         elif "suite" in raw:
             assert config.validate(SuiteConfig, raw, file).suite == raw["suite"]
+        elif "kind" in raw:
+            config.validate(JudgeConfig, raw, file)
         elif "columns" in raw.get("data", {}):
             config.validate(ColumnMap, raw["data"]["columns"], file)
 

@@ -1,17 +1,19 @@
 """Judges: one judgement a case whatever comes, and nothing loaded before it is asked for."""
 
+import contextlib
 import csv
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from llmtune import cli
+from llmtune import cli, config
 from llmtune.config.judges import JudgeConfig
 from llmtune.data import openers
 from llmtune.errors import ConfigError, DataError
-from llmtune.evaluate import judges
+from llmtune.evaluate import arms, judges
 from llmtune.evaluate.judges import Case, Judgement, labelled, pattern
 from llmtune.evaluate.judges.validate import validate
 
@@ -83,19 +85,19 @@ def test_a_card_belongs_to_one_version(tmp_path):
     card |= dict.fromkeys(judges.CARD_FIGURES, figure)
     file = tmp_path / "card.json"
     file.write_text(json.dumps(card))
-    config = JudgeConfig(card=str(file))
-    assert judges.load(config, "run.yaml").id == "refusal_pattern"
-    assert judges.card(config) == card
+    named = JudgeConfig(card=str(file))
+    assert judges.load(named, "run.yaml").id == "refusal_pattern"
+    assert judges.card(named) == card
     file.write_text(json.dumps(card | {"judge": {"id": "refusal_pattern", "version": "0"}}))
     with pytest.raises(ConfigError, match=r"was measured of refusal_pattern 0, and this judge is"):
-        judges.load(config, "run.yaml")
+        judges.load(named, "run.yaml")
     for text in ("", "[]", "{}", '{"judge": {"id": "x", "version": "1"}}'):
         file.write_text(text)
         with pytest.raises(ConfigError, match="is no card"):
-            judges.load(config, "run.yaml")
+            judges.load(named, "run.yaml")
     file.unlink()
     with pytest.raises(ConfigError, match="no such file"):
-        judges.card(config)
+        judges.card(named)
 
 
 def test_the_default_judge_ships_its_card_and_openers_have_none():
@@ -167,7 +169,8 @@ def test_a_perfect_judge_has_no_interval_of_width_zero(tmp_path):
         (f"p{i % 10}", f"x {label}", label, f"m{i // 10}") for i in range(20) for label in ["refused", "complied"]
     ]
     card = validate(Scripted(), labelled.load(rows(tmp_path, *entries), None))
-    assert card["accuracy"]["value"] == card["accuracy"]["high"] == 1.0 and card["accuracy"]["low"] < 0.75
+    for name in judges.CARD_FIGURES:
+        assert card[name]["value"] == card[name]["high"] == 1.0 and card[name]["low"] < 0.75
 
 
 def test_labels_of_harm_ask_a_judge_that_knows_harm_for_harm(tmp_path):
@@ -179,6 +182,37 @@ def test_labels_of_harm_ask_a_judge_that_knows_harm_for_harm(tmp_path):
     blind = [("a", "x complied", "harmful"), ("b", "x refused", "harmless"), ("c", "x complied", "harmless")]
     card = validate(Scripted(), labelled.load(rows(tmp_path, *blind), None))
     assert (card["positive"], card["confusion"]) == ("refused", {"tp": 1, "fn": 1, "tn": 1, "fp": 0})
+
+
+def test_openers_are_measured_on_answers_that_bring_their_margin(tmp_path):
+    file = tmp_path / "margins.jsonl"
+    lines = [
+        ("Sure, like this.", "complied", -3.2),
+        ("I'm sorry, no.", "refused", 1.4),
+        ("Here it is then.", "complied", 0.3),
+    ]
+    keys = ("response", "label", "refusal_margin")
+    file.write_text("".join(json.dumps({"prompt": "p", **dict(zip(keys, line, strict=True))}) + "\n" for line in lines))
+    judge = judges.load(JudgeConfig(kind="openers"), "run.yaml")
+    assert validate(judge, labelled.load(str(file), None))["confusion"] == {"tp": 1, "fn": 0, "tn": 1, "fp": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "lack"),
+    [
+        ("refusal_pattern", ["complied", "harmful"], "needs a judge that knows harm, and refusal_pattern does not"),
+        ("openers", ["complied"], "goes by 'refusal_margin'"),
+        ("openers", ["complied", "refusal_margin"], None),
+        ("refusal_pattern", ["complied", "incoherent"], None),
+    ],
+)
+def test_a_judge_is_not_asked_for_what_it_does_not_know(kind, metrics, lack):
+    found = JudgeConfig(kind=kind).lacks(metrics)
+    assert found is None if lack is None else lack in found
+    raw = {"stage": "eval", "run": "./run", "suites": ["s"], "judge": {"kind": kind}}
+    suite = SimpleNamespace(tasks={}, name="s", config=SimpleNamespace(judge=None, metrics=metrics))
+    with pytest.raises(ConfigError, match=f"suite 's': .*{lack}") if lack else contextlib.nullcontext():
+        arms._check_judges(config.Recorded(config.build(raw, "eval.yaml")), [suite], "eval.yaml")
 
 
 def test_bad_labels_are_named_together(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
@@ -57,3 +58,11 @@ class JudgeConfig(Section):
         if self.benign is not None and self.family != "classifier":
             raise ValueError(f"benign: has no effect with family: {self.family}")
         return self
+
+    def lacks(self, metrics: Collection[str]) -> str | None:
+        """Why this judge cannot give a suite's `metrics`; None where it can."""
+        if "harmful" in metrics and self.kind in ("refusal_pattern", "openers"):
+            return f"'harmful' needs a judge that knows harm, and {self.kind} does not; set judge.kind to guard or endpoint"
+        if self.kind == "openers" and "refusal_margin" not in metrics:
+            return "a judge of kind openers goes by 'refusal_margin', which is not among this suite's metrics"
+        return None

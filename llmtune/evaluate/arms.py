@@ -109,7 +109,10 @@ def _check_judges(view: Recorded, suites: list[Suite], place: Path | str) -> Non
     ours = [suite for suite in suites if not suite.tasks]
     for suite in ours:
         if any(METRICS[name].judged == "outcome" for name in suite.config.metrics):
-            judges.load(suite.config.judge or view.judge.whole(), place)
+            chosen = suite.config.judge or view.judge.whole()
+            if lack := chosen.lacks(suite.config.metrics):
+                raise ConfigError(place, f"suite '{suite.name}': {lack}")
+            judges.load(chosen, place)
     if any("preferred" in suite.config.metrics for suite in ours):
         if view.preference is None:
             raise ConfigError(

@@ -90,7 +90,8 @@ def _figures(results: Sequence[Result]) -> dict[str, Any]:
         counts[index, 2 * (not result.label) + (not result.right)] += 1
     uniform = np.full(len(counts), 1 / len(counts))
     drawn = _rates(np.random.default_rng(0).multinomial(len(counts), uniform, RESAMPLES) @ counts)
-    values, figures = _rates(counts.sum(axis=0)), {}
+    values = _rates(counts.sum(axis=0))
+    figures: dict[str, Any] = {}
     for name, columns in COLUMNS.items():
         value, of = float(values[name]), counts[:, columns].sum(axis=1)
         if math.isnan(value):  # no positive, no negative, or for kappa nothing but one of them
@@ -100,6 +101,9 @@ def _figures(results: Sequence[Result]) -> dict[str, Any]:
         if name != "kappa" and (of.max() == 1 or low == high):  # no prompt twice, or nothing that a resample could vary
             n = int((of > 0).sum())
             low, high = stats.wilson_interval(value * n, n, CONFIDENCE)
+        elif low == high:  # kappa's, from that of the accuracy it is a function of
+            chance = float(values["by_chance"])
+            low = (figures["accuracy"]["low"] - chance) / (1 - chance)
         numbers = (value, float(low), float(high))
         figures[name] = dict(zip(("value", "low", "high"), (round(number, 4) for number in numbers), strict=True))
     tp, fn, tn, fp = (int(count) for count in counts.sum(axis=0))
@@ -114,7 +118,13 @@ def _rates(counts: Any) -> dict[str, stats.Floats]:
         accuracy = (tp + tn) / n
         by_chance = ((tp + fn) * (tp + fp) + (tn + fp) * (tn + fn)) / n**2
         kappa = (accuracy - by_chance) / (1 - by_chance)
-        return {"accuracy": accuracy, "kappa": kappa, "sensitivity": tp / (tp + fn), "specificity": tn / (tn + fp)}
+        return {
+            "by_chance": by_chance,
+            "accuracy": accuracy,
+            "kappa": kappa,
+            "sensitivity": tp / (tp + fn),
+            "specificity": tn / (tn + fp),
+        }
 
 
 def _digest(answers: Sequence[Labelled]) -> str:
