@@ -60,7 +60,8 @@ def write_scores(
     folder: Path, *, harm: float = 0.4, short: bool = True, examples: float = 0.5, n: int = 112
 ) -> artifact.Artifact:
     """harm: the share of harmful requests that the tune starts to comply with. short: it makes general answers
-    short. examples: the share of the task that the base gets right with examples in its prompt."""
+    short. examples: the share of the task that the base gets right with examples in its prompt.
+    """
     write, rng = Writer(), random.Random(3)
     _support(write, rng, examples)
     _general(write, rng, short=short)
@@ -82,7 +83,8 @@ def write_scores(
             "subject": {"kind": "model", "path": "models/tuned", "sha256": sha("tuned")},
             "base": {"id": "./models/aligned", "revision": None, "sha256": sha("base"), "licence": "Apache-2.0", "dtype": "bfloat16"},
             "suites": {
-                name: {"suite": name, "description": f"What {name} asks", "licence": "Apache-2.0", "sha256": sha(name), "gate": gate}
+                name: {"suite": name, "description": f"What {name} asks", "licence": "Apache-2.0", "sha256": sha(name), "gate": gate,
+                 "hidden": name == "harmful"}
                 for name, gate in GATES.items()
             },
             "judges": {"refusal_pattern": {"version": "2", "card": CARD}, "house_guard": {"version": "1", "card": None}},
@@ -156,7 +158,8 @@ def _safety(write: Writer, rng: random.Random, harm: float, n: int) -> None:
                     if before == "refused" and rng.random() < harm
                     else before
                 )
-                after = {9: "incoherent", 10: "unscored"}.get(i, after) if harm else before
+                before = "refused" if i < 3 else before  # what is left out flips, and may not count
+                after = {1: "complied", 9: "incoherent", 10: "unscored"}.get(i, after) if harm else before
             else:
                 before = "refused" if rng.random() < 0.6 else "complied"
                 after = "complied" if rng.random() < 0.7 else before

@@ -11,6 +11,7 @@ import pytest
 from report_run import ARMS, CARD, NASTY, Page, write_audit, write_scores
 
 from llmtune import artifact, gate, report, scores
+from llmtune.errors import ArtifactError
 from llmtune.report import items, wording
 
 
@@ -90,7 +91,9 @@ def test_a_pass_promotes_and_names_what_is_nearest_to_its_limit(tmp_path):
     assert "Promote. The tuned model may replace its base." in text
     assert "Ship exactly what was judged, by its hash: model " in text
     assert "llmtune sft" not in text
-    assert re.search(r"Nearest to its limit is \w+, [\w ]+: (worse by at most|better by at least) [\d.]+", text)
+    rows = json.loads((tmp_path / "verdict" / "verdict.json").read_text(encoding="utf-8"))["rows"]
+    row = next(row for row in rows if row["suite"] == "knowledge" and row["metric"] == "acc")  # 0.035 left of 0.10
+    assert f"Nearest to its limit is knowledge, accuracy: {row['reason']}." in text
 
 
 def test_limits_of_its_own_stand_beside_the_change(page):
@@ -313,6 +316,50 @@ def test_everything_beside_the_scores_may_be_absent(tmp_path):
     assert "not stored with the scores" in part(page, "items")
     told = " ".join(text for text, inside in page.texts if not {"pre", "script", "style"} & {tag for tag, _ in inside})
     assert not re.search(r"\bNone\b|Undefined|\bnan\b", told)
+
+
+def test_harmful_texts_stay_closed_where_only_the_manifest_says_so(tmp_path):
+    write_scores(tmp_path)
+    (tmp_path / "scores" / "items.jsonl").unlink()
+    file = tmp_path / "scores" / "llmtune.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["files"].pop("items.jsonl")
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    report.build(tmp_path)
+    places = [
+        inside
+        for text, inside in read(tmp_path).texts
+        if "Sure, here is how you do it" in text and "pre" in dict(inside)
+    ]
+    harmful = [[attrs for tag, attrs in inside if tag == "details"][-1] for inside in places]
+    assert {attrs["class"] for attrs in harmful if attrs["data-suite"] == "harmful"} == {"item veiled"}
+
+
+def test_a_broken_audit_file_is_named(tmp_path):
+    write_scores(tmp_path)
+    (tmp_path / "audit.jsonl").write_text('{"scores_sha256": "0"}\n{"suite": 1}\n', encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"audit\.jsonl: holds a line that is no human verdict"):
+        report.build(tmp_path)
+
+
+def test_suites_of_safety_without_a_judge_of_refusals_stand_under_safety():
+    measured = [
+        ("sycophancy", "acc"),
+        ("mine", "acc"),
+        ("mine2", "loss"),
+        ("task", "rouge_l"),
+        ("maths", "exact_match,strict-match"),
+    ]
+    found = wording.groups(measured, ["task"], {"maths": {"lm_eval": ["gsm8k"]}})
+    assert list(found.values()) == ["Safety", "Capability", "General ability", "Task", "Capability"]
+    assert wording.figure(0.412, "exact_match,strict-match") == "41.2 %"
+    assert wording.name("exact_match,strict-match") == "exact match, strict-match"
+
+
+def test_no_suite_crowds_out_another():
+    found = [{"suite": f"s{i % 30}", "item_id": str(i), "answers": {"a": 1}} for i in range(30_000)]
+    suites = items.shown(found, dict.fromkeys((f"s{i}" for i in range(30)), "Safety"), {})
+    assert [suite["shown"] for suite in suites] == [50] * 30
 
 
 def test_a_large_run_shows_flips_first_and_says_what_is_left_out(tmp_path):

@@ -87,7 +87,7 @@ def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any
         [*((row["suite"], row["metric"]) for row in asked), *((s.suite, s.metric) for s in records)], wanted, about
     )
     audit = items.audit(run / "audit.jsonl", steps["scores"].sha256 if "scores" in steps else None)
-    found = items.collect(records, items.lines(folder / "items.jsonl"), arms, audit["said"])
+    found = items.collect(records, items.lines(folder / "items.jsonl"), arms, about, audit["said"])
     items.add_picks(found, items.lines(folder / "observations.jsonl"))
     rows = changes.told(decided, groups, scored.get("noise_floor") or {}) if decided else []
     logged = items.lines(run / ("adapter" if "adapter" in steps else "model") / "metrics.jsonl")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtune import plots
-from llmtune.report.wording import GROUPS, PLAIN, UNITS, Rows, figure, name, visible
+from llmtune.report.wording import GROUPS, Rows, figure, name, unit_of, visible
 
 DECISIONS = {
     "PASS": ("Promote", "The tuned model may replace its base."),
@@ -30,7 +30,7 @@ def told(verdict: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[s
 
 def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str, Any]) -> dict[str, Any]:
     metric, margin, floor = row["metric"], row["margin"], row.get("floor")
-    factor, _, level, unit = UNITS.get(metric, PLAIN)
+    factor, _, level, unit = unit_of(metric)
     delta, low, high = (figure(row[key], metric, signed=True, unit=False) for key in ("delta", "low", "high"))
     side = 1 if row["higher_is_better"] == row["rule"].startswith("better") else -1
     asked = row["rule"] if margin is None else f"{row['rule']} {margin * factor:g}{unit}"

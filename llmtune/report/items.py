@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.metrics import METRICS
+from llmtune.errors import ArtifactError
 from llmtune.report.wording import GROUPS, OUTCOMES, UNITS, Rows, name
 from llmtune.scores import Score
 
 MOST = 1500
-"""Items on one page, the flipped ones first; 300 of one suite."""
+"""Items on one page, shared evenly by its suites; flipped ones first."""
 MOST_OF_SUITE = 300
 LONGEST = 6000
 """Characters of a text on the page; the whole one stands in scores.jsonl."""
@@ -31,10 +32,13 @@ def lines(file: Path) -> Rows:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def collect(records: Sequence[Score], known: Rows, arms: Mapping[str, str], audited: Rows) -> list[Item]:
+def collect(
+    records: Sequence[Score], known: Rows, arms: Mapping[str, str], about: Mapping[str, Any], audited: Rows
+) -> list[Item]:
     """Every item with its arms' answers and marks, its flips, and the human verdicts on them.
 
-    known: `items.jsonl`; an item that is only in the records (of lm-eval, of an old evaluation) is made from them.
+    known: `items.jsonl`; an item that is only in the records (of an old evaluation) is made from them. about: suite -> its
+    settings, which say whether its texts are hidden.
     """
     found = {(item["suite"], item["item_id"]): {**item, "answers": {}} for item in known}
     for score in records:
@@ -43,6 +47,7 @@ def collect(records: Sequence[Score], known: Rows, arms: Mapping[str, str], audi
         )
         item["slices"] = item.get("slices") or score.slices
         item["excluded"] = item.get("excluded") or score.excluded
+        item["hidden"] = item.get("hidden") or bool((about.get(score.suite) or {}).get("hidden"))
         answer = item["answers"].setdefault(score.arm, {"text": None, "outcome": None, "marks": []})
         answer["text"] = score.response if answer["text"] is None else answer["text"]
         answer["outcome"] = answer["outcome"] or score.outcome
@@ -99,7 +104,7 @@ def flips(records: Sequence[Score], arms: Mapping[str, str]) -> Rows:
 
 
 def _said(score: Score) -> str:
-    if score.outcome:
+    if score.outcome and score.metric in OF_OUTCOME:
         return score.outcome
     if score.value is None:
         return "not scored"
@@ -132,14 +137,13 @@ def shown(found: Iterable[Item], groups: Mapping[str, str], about: Mapping[str, 
     for item in found:
         if item["answers"]:
             suites.setdefault(item["suite"], []).append(item)
-    made, room = [], MOST
+    made, most = [], min(MOST_OF_SUITE, max(20, MOST // max(1, len(suites))))
     for suite in sorted(suites, key=lambda suite: GROUPS.index(groups[suite])):
         items = suites[suite]
         for item in items:
             item["flips_by"] = {flip["metric"]: flip["way"] for flip in item.get("flips", ())}
             item["tags"] = [f"{field}: {value}" for field, value in (item.get("slices") or {}).items()]
-        kept = sorted(items, key=lambda item: WAYS.index(_way(item)))[: min(MOST_OF_SUITE, room)]
-        room -= len(kept)
+        kept = sorted(items, key=lambda item: WAYS.index(_way(item)))[:most]
         made.append({
             "name": suite, "group": groups[suite], "description": (about.get(suite) or {}).get("description"),
             "n": len(items), "shown": len(kept), "flipped": sum(_way(item) != "none" for item in items),
@@ -216,14 +220,20 @@ def answering(records: Iterable[Score], arms: Mapping[str, str]) -> Rows:
 
 
 def audit(file: Path, scores_sha256: str | None) -> dict[str, Any]:
-    """Human verdicts from `audit.jsonl`: the last word on each item of these very scores, and how often the judge agreed."""
-    said = lines(file)
-    last = {
-        tuple(one[key] for key in ("suite", "metric", "item_id", "arm")): one
-        for one in said
-        if one["scores_sha256"] == scores_sha256
-    }
-    kept = [{**one, "agrees": one["verdict"] == one["outcome"]} for one in last.values()]
+    """Human verdicts from `audit.jsonl`: the last word on each item of these very scores, and how often the judge agreed.
+
+    Raises ArtifactError when something else stands in it.
+    """
+    try:
+        said = lines(file)
+        last = {
+            tuple(one[key] for key in ("suite", "metric", "item_id", "arm")): one
+            for one in said
+            if one["scores_sha256"] == scores_sha256
+        }
+        kept = [{**one, "agrees": one["verdict"] == one["outcome"]} for one in last.values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file}: holds a line that is no human verdict ({error!r}); remove it") from None
     by: dict[tuple[str, str], list[bool]] = {}
     for one in kept:
         by.setdefault((one["suite"], one["metric"]), []).append(one["agrees"])

@@ -31,6 +31,14 @@ UNITS |= {
     "refusal_margin": (1, 2, " nats", ""),
 }
 PLAIN = (1, 3, "", "")
+ASKED_OF_SAFETY = {
+    "bias",
+    "bbq",
+    "sycophancy",
+    "toxicity",
+    "truthfulness",
+    "truthfulqa",
+}  # suites without a judge of refusals
 OUTCOMES = ("refused", "partial", "complied", "incoherent", "unscored")
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
@@ -41,14 +49,20 @@ def figure(value: object, metric: str, *, signed: bool = False, unit: bool = Tru
     """A value or, signed, a difference in the metric's unit: rates in per cent or points, a loss in nats a token."""
     if not isinstance(value, int | float) or not plots.finite(value):
         return "–"
-    factor, digits, level, difference = UNITS.get(metric, PLAIN)
+    factor, digits, level, difference = unit_of(metric)
     number = round(value * factor, digits) + 0.0
     text = f"{'+' if signed and number > 0 else ''}{number:.{digits}f}".replace("-", "−")
     return text + (difference if signed else level) * unit
 
 
+def unit_of(metric: str) -> tuple[float, int, str, str]:
+    """Factor, digits, unit of a value, unit of a difference. A metric of lm-eval may have its filter behind a comma."""
+    return UNITS.get(metric.partition(",")[0], PLAIN)
+
+
 def name(metric: str) -> str:
-    return NAMES.get(metric, metric.replace("_", " "))
+    plain, comma, filter = metric.partition(",")
+    return NAMES.get(plain, plain.replace("_", " ")) + comma + " " * bool(comma) + filter
 
 
 def visible(value: Any) -> Any:
@@ -66,5 +80,7 @@ def groups(measured: Iterable[tuple[str, str]], wanted: Iterable[str], suites: M
     task, found = set(wanted), {}
     for suite, words in metrics.items():
         capable = words & CHOICE or (suites.get(suite) or {}).get("lm_eval")
-        found[suite] = GROUPS[3 if words & SAFETY else 0 if suite in task else 2 if capable else 1]
+        found[suite] = GROUPS[
+            3 if words & SAFETY or suite in ASKED_OF_SAFETY else 0 if suite in task else 2 if capable else 1
+        ]
     return found
