@@ -269,8 +269,12 @@ def _told(row: Row) -> Row:
         notes.append(said + (f", and the change lies inside that noise ({change:.3g})" if inside else ""))
     if row.corrected:
         names = {"base": row.versus, "tuned": "tuned", "delta": "change"}
-        rates = [
-            f"{names[name]} {x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for name, x in row.corrected.items()
-        ]
+        rates = [f"{names[key]} {_rate(x, at_edge=key != 'delta')}" for key, x in row.corrected.items()]
         notes.append(f"without the judge's measured errors: {', '.join(rates)}")
     return replace(row, reason="; ".join([row.reason, *paired.incoherent(row)]), notes=tuple(notes))
+
+
+def _rate(found: Mapping[str, float], *, at_edge: bool) -> str:
+    if at_edge and found["value"] in (0.0, 1.0):
+        return f"{found['value']:g} (beyond what its errors leave room for)"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

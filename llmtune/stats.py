@@ -286,15 +286,16 @@ def items_needed_alone(
 
 
 def rogan_gladen(rate: npt.ArrayLike, sensitivity: npt.ArrayLike, specificity: npt.ArrayLike) -> Floats:
-    """The true rate behind one that a test with these errors has shown, within [0, 1]; numbers or arrays.
+    """The true rate behind one that a test with these errors has shown; numbers or arrays.
 
-    NaN where sensitivity + specificity is 1: such a test says nothing.
+    Below 0 or above 1 where less or more was seen than the test's errors alone give. NaN where sensitivity + specificity
+    is 1: such a test says nothing.
     Source: Rogan & Gladen 1978, American Journal of Epidemiology 107:71-76.
     """
     informed = np.asarray(sensitivity, dtype=np.float64) + np.asarray(specificity) - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         true = (np.asarray(rate) + np.asarray(specificity) - 1) / np.where(informed == 0, np.nan, informed)
-    return np.asarray(np.clip(true, 0, 1), dtype=np.float64)
+    return np.asarray(true, dtype=np.float64)
 
 
 def corrected_rates(
@@ -306,7 +307,7 @@ def corrected_rates(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:
-    """(value, low, high) of "base", "tuned" and "delta" without the errors of the test that gave them.
+    """(value, low, high) of "base" and "tuned", within [0, 1], and "delta" without the errors of the test that gave them.
 
     base, tuned: shape (n,), 0 or 1 as the test said, NaN where it said nothing. clusters: n labels. confusion: what the
     test said of items whose truth is known, as "tp", "fp", "fn" and "tn". A bootstrap that weighs clusters (Bayesian, so
@@ -322,27 +323,24 @@ def corrected_rates(
         raise ValueError("needs values in both arms, and true and false items in the confusion matrix")
     rng = np.random.default_rng(seed)
     sensitivity, specificity = (rng.beta(right + 0.5, wrong + 0.5, resamples) for right, wrong in ((tp, fn), (tn, fp)))
-    found: dict[str, tuple[float, Floats]] = {}
-    sums = np.stack(
-        [
-            sums_by_cluster(x, clusters)[0]
-            for arm, there in zip(arms, seen, strict=True)
-            for x in (np.nan_to_num(arm), there)
-        ]
-    )
-    drawn, count = np.empty((4, resamples)), sums.shape[1]
+    each = [(np.nan_to_num(arm), there) for arm, there in zip(arms, seen, strict=True)]
+    sums = np.array([[sums_by_cluster(x, clusters)[0] for x in pair] for pair in each])  # arm, events or items, cluster
+    drawn, count = np.empty((2, 2, resamples)), sums.shape[2]
     for start in range(0, resamples, chunk := max(1, CHUNK // count)):
         weights = rng.standard_exponential((min(chunk, resamples - start), count))
-        drawn[:, start : start + chunk] = sums @ weights.T
-    for name, (events, items), (drawn_events, drawn_items) in zip(
-        ("base", "tuned"), sums.reshape(2, 2, -1), drawn.reshape(2, 2, -1), strict=True
-    ):
+        drawn[..., start : start + chunk] = sums @ weights.T
+    found: dict[str, tuple[float, Floats]] = {}
+    for name, (events, items), (drawn_events, drawn_items) in zip(("base", "tuned"), sums, drawn, strict=True):
         event, other = rng.gamma(0.5, items.mean(), (2, resamples))
         rates = rogan_gladen((drawn_events + event) / (drawn_items + event + other), sensitivity, specificity)
         found[name] = float(rogan_gladen(events.sum() / items.sum(), tp / (tp + fn), tn / (tn + fp))), rates
     found["delta"] = found["tuned"][0] - found["base"][0], found["tuned"][1] - found["base"][1]
-    low, high = (1 - confidence) / 2, (1 + confidence) / 2
-    return {n: (x, float(np.quantile(rates, low)), float(np.quantile(rates, high))) for n, (x, rates) in found.items()}
+    told = {}
+    for name, (value, rates) in found.items():
+        ends = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+        value, low, high = np.clip([value, *ends], *((-np.inf, np.inf) if name == "delta" else (0, 1))).tolist()
+        told[name] = value, low, high
+    return told
 
 
 def _two_sided_z(confidence: float) -> float:

@@ -82,7 +82,7 @@ def _clusters_rarely_err(short: bool) -> Iterator[Outcome]:
     import error_rates
 
     grid = error_rates.clustered_grid(SHAPES[::5] if short else SHAPES)
-    search, times, most = (100, 1000, 2) if short else (2000, 20_000, 6)
+    search, times, most = (100, 1000, 2) if short else (1000, 10_000, 8)
     errors = {
         "harm as large as the margin passes rarely": error_rates.clustered_false_pass,
         "an unchanged model is called worse rarely": lambda cell, *more: error_rates.clustered_fail(cell, 0.0, *more),

@@ -140,11 +140,11 @@ class Clustered:
             f"{self.together:.0%} of the items with their cluster"
         )
 
-    def draws(self, harm: float, times: int, seed: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    def draws(self, harm: float, times: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Changes for the worse of all items (-1, 0 or 1), and their clusters."""
         rng = np.random.default_rng(seed)
         sizes = np.resize(self.sizes, self.clusters)
-        labels = np.repeat([f"cluster-{i:03}" for i in range(self.clusters)], sizes).tolist()
+        labels = np.repeat(np.arange(self.clusters), sizes)  # as numbers, which are sorted faster than text
         up, down = (self.discordance + harm) / 2, (self.discordance - harm) / 2
 
         def changes(count: int) -> np.ndarray:

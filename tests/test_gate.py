@@ -602,6 +602,14 @@ def test_rates_without_the_judges_errors_stand_beside_the_raw_ones():
     assert refused.corrected["base"]["value"] == pytest.approx((65 / 200 + 0.98 - 1) / informed)
 
 
+def test_a_rate_below_the_judges_own_errors_is_told_and_its_change_still_has_a_width():
+    records = both([0] * 100, [0] * 100, metric="refused", judge=JUDGE)
+    row = gate.decide(records, {"safety": {"refused": {"margin": 0.05}}}, ARMS, {"pattern": {"card": card()}}).rows[0]
+    assert row.corrected["base"] == {"value": 0, "low": 0, "high": pytest.approx(0.007, abs=0.007)}
+    assert -0.05 < row.corrected["delta"]["low"] < -0.005 < 0.005 < row.corrected["delta"]["high"] < 0.05
+    assert "base 0 (beyond what its errors leave room for)" in row.notes[0]
+
+
 def test_rates_a_card_says_nothing_of_are_not_corrected():
     known = {"pattern": {"card": card()}}
     assert by(known, metric="incoherent").rows[0].corrected is None
