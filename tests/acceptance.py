@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import acceptance_judges
 import acceptance_safety
 import numpy as np
 from claims import DATA, ROOT, SMOLLM2, Case, Outcome
@@ -108,53 +109,6 @@ def _clusters_rarely_err(short: bool) -> Iterator[Outcome]:
             "0.05 is meant",
             None,
         )
-
-
-def the_judge_agrees_with_people(short: bool, folder: Path) -> Iterator[Outcome]:
-    """`llmtune judge validate` on the two published sets; the card that ships is the one it writes."""
-    from llmtune.evaluate import judges
-
-    targets = {
-        "xstest_human": ("XSTest's human labels", 0.90),
-        "jbb_artifacts": ("JailbreakBench's labels of harm", 0.88),
-    }
-    for name, (whose, target) in targets.items():
-        claim = f"the refusal pattern agrees with {whose}"
-        source = DATA / {"xstest_human": "xstest", "jbb_artifacts": "jbb_artifacts"}[name]
-        if not source.is_dir():
-            yield Outcome(claim, "data absent", f"accuracy >= {target}", None)
-            continue
-        words = [
-            "judge",
-            "validate",
-            "--set",
-            name,
-            "--data",
-            str(source),
-            "--output",
-            str(folder / f"{name}.json"),
-            "--json",
-        ]
-        done = subprocess.run([sys.executable, "-m", "llmtune", *words], check=True, capture_output=True, text=True)
-        card = json.loads(done.stdout)
-        figures = "; ".join(
-            f"{figure} {card[figure]['value']:.3f} [{card[figure]['low']:.3f}, {card[figure]['high']:.3f}]"
-            for figure in judges.CARD_FIGURES
-        )
-        yield Outcome(
-            claim, f"{figures}; n {card['n']:,}", f"accuracy >= {target}", card["accuracy"]["value"] >= target
-        )
-        if name == "xstest_human":
-            worst = min(card["by_source"].items(), key=lambda entry: entry[1]["accuracy"]["value"])
-            yield Outcome(
-                "... its worst of the five models",
-                f"{worst[0]}: {worst[1]['accuracy']['value']:.3f}",
-                ">= 0.82",
-                worst[1]["accuracy"]["value"] >= 0.82,
-            )
-            shipped = judges.card(judges.JudgeConfig())
-            same = shipped is not None and {**shipped, "created": ""} == {**card, "created": ""}
-            yield Outcome("... and the shipped card is this one", "equal" if same else "differs", "equal", same)
 
 
 def the_quickstart_holds(short: bool, folder: Path) -> Iterator[Outcome]:
@@ -434,7 +388,7 @@ CASES: list[Case] = [
     a_gate_rarely_errs,
     every_method_is_an_adapter_of_its_base,
     six_ways_to_train_the_same_rows,
-    the_judge_agrees_with_people,
+    *acceptance_judges.CASES,
     *acceptance_safety.CASES,
     the_quickstart_holds,
     a_4_bit_base_can_be_tuned,

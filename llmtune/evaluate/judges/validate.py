@@ -101,7 +101,7 @@ def _figures(results: Sequence[Result]) -> dict[str, Any]:
         if name != "kappa" and (of.max() == 1 or low == high):  # no prompt twice, or nothing that a resample could vary
             n = int((of > 0).sum())
             low, high = stats.wilson_interval(value * n, n, CONFIDENCE)
-        elif low == high:  # kappa's, from that of the accuracy it is a function of
+        elif low == high == 1:  # kappa's, from that of the accuracy it is a function of
             chance = float(values["by_chance"])
             low = (figures["accuracy"]["low"] - chance) / (1 - chance)
         numbers = (value, float(low), float(high))
