@@ -18,7 +18,9 @@ LAYERS = {
     **dict.fromkeys(["config", "artifact", "interruption", "scores", "verdict", "stats", "plots", "notes"], 1),
     **dict.fromkeys(["data", "model", "training"], 2),
     **dict.fromkeys(["stages"], 3),
-    **dict.fromkeys(["evaluate", "export", "paired", "cards", "gate", "registry", "report", "runs", "plan"], 4),
+    **dict.fromkeys(
+        ["evaluate", "export", "paired", "cards", "audit", "gate", "registry", "report", "runs", "plan"], 4
+    ),
     **dict.fromkeys(["cli", "quickstart", "pipeline"], 5),
 }
 HIGHEST_BELOW = {
@@ -26,6 +28,7 @@ HIGHEST_BELOW = {
     "export": 2,
     "paired": 1,
     "cards": 1,
+    "audit": 1,
     "gate": 1,
     "registry": 1,
     "report": 1,
@@ -36,6 +39,7 @@ ALSO = {  # imports within a layer, each for a reason
     "ranks": {"errors"},
     "progress": {"ranks"},  # of several processes one speaks
     "cards": {"paired"},
+    "audit": {"paired"},
     "gate": {"paired", "cards"},
     "training": {"data", "model"},
     "model": {"data"},  # token rows are what a forward pass is measured on
@@ -64,6 +68,8 @@ LIGHT += [
     "verdict",
     "paired",
     "cards",
+    "audit",
+    "cli.audit",
     "gate",
     "report",
     "cli",
