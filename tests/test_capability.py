@@ -334,6 +334,37 @@ def test_what_goes_wrong_in_a_task_names_it(place, subject):
         rows.write_text(whole)
 
 
+def test_a_task_that_fails_costs_the_others_nothing(place, folder, tmp_path, monkeypatch):
+    file = place.parent / "two.yaml"
+    file.write_text("suite: two\nlm_eval: [t_choices, t_short]\n")
+    rows, asked, ask = place.parent / "tasks" / "rows.jsonl", [], capability.run
+    whole = rows.read_text()
+    broken = whole.replace('"id": "q7"', '"id": "q7", "broken": true')
+    assert broken != whole
+    other = tiny.save(tmp_path / "other", seed=1, tied=False)
+    raw = {"stage": "eval", "base": str(folder), "tuned": str(other), "suites": ["./two.yaml"], "dtype": "float32"}
+
+    def evaluate():
+        return arms.run(config.build({**raw, "output_dir": str(tmp_path / "scores")}, file), file)
+
+    monkeypatch.setattr(
+        capability, "run", lambda *given, **more: asked.append(given[2].task_name) or ask(*given, **more)
+    )
+    (place.parent / "tasks" / "own.jsonl").write_text(broken)  # one task has rows of its own
+    text = (place.parent / "tasks" / "short.yaml").read_text()
+    (place.parent / "tasks" / "short.yaml").write_text(text.replace("data.txt", "own.txt"))
+    (place.parent / "tasks" / "own.txt").write_text(DATA.replace("rows.jsonl", "own.jsonl"))
+    try:
+        with pytest.raises(LlmtuneError, match="the lm-eval task t_short failed at item q7"):
+            evaluate()
+        assert asked == ["t_choices", "t_short"]
+        (place.parent / "tasks" / "own.jsonl").write_text(whole)
+        assert evaluate().manifest["lm_eval"]["two"].keys() == {"base", "tuned"}
+    finally:
+        (place.parent / "tasks" / "short.yaml").write_text(text)
+    assert asked == ["t_choices", "t_short", "t_short", "t_choices", "t_short"]
+
+
 @pytest.mark.parametrize(
     ("file", "text", "names", "message"),
     [

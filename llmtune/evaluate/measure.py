@@ -65,7 +65,7 @@ def plan(arm: Arm, suite: Suite, memory: Memory) -> list[Unit]:
             asked.sort(key=lambda n: len(suite.items[n].prompt))
             shares = [(asked[start : start + size], "") for start in range(0, len(asked), size)]
         for items, task in shares:
-            key = fingerprint([subject.sha256, *rest, suite.sha256, probe, items, task])
+            key = fingerprint([subject.sha256, *rest, suite.task_sha256.get(task, suite.sha256), probe, items, task])
             made.append(Unit(key, probe, items, task))
     return made
 

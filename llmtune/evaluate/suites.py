@@ -60,13 +60,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite with its items read: our own, or lm-eval's tasks."""
+    """A suite with its items read: our own, or lm-eval's tasks.
+
+    task_sha256: of each task with the settings it is asked under, so that a task is not asked again because another changed.
+    """
 
     config: SuiteConfig
     sha256: str
     items: list[Item]
     tasks: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
+    task_sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -110,15 +114,17 @@ def load_suite(name: str, place: Path, items: dict[str, str] | None = None) -> S
     if suite.lm_eval:
         from llmtune.evaluate import tasks
 
-        found = tasks.load(suite.lm_eval, file)
-        tasks.require_usable(suite, found.tasks, file)
-        return Suite(suite, fingerprint([raw, found.sha256()]), [], found.tasks, found.groups)
-    asked = _items(suite, file)
-    ids = Counter(item.item_id for item in asked)
+        theirs = tasks.load(suite.lm_eval, file)
+        tasks.require_usable(suite, theirs.tasks, file)
+        asked = {key: raw[key] for key in ("suite", "limit", "chat_template", "slices") if key in raw}
+        each = {name: fingerprint([asked, sha256]) for name, sha256 in theirs.sha256().items()}
+        return Suite(suite, fingerprint([raw, each]), [], theirs.tasks, theirs.groups, each)
+    found = _items(suite, file)
+    ids = Counter(item.item_id for item in found)
     if twice := [identity for identity, number in ids.items() if number > 1]:
         raise DataError(suite.items or "items", [f"the id {identity!r} stands twice" for identity in twice])
     # what is asked and what it is held against; not where it lies
-    return Suite(suite, fingerprint([raw, [asdict(replace(item, place="")) for item in asked]]), asked)
+    return Suite(suite, fingerprint([raw, [asdict(replace(item, place="")) for item in found]]), found)
 
 
 def fingerprint(value: Any) -> str:

@@ -57,13 +57,14 @@ class Tasks:
     tasks: dict[str, Any]
     groups: dict[str, Any] = field(default_factory=dict)
 
-    def sha256(self) -> str:
-        """Hash of every task's config, with the source of its functions but no path, and of every item it scores."""
-        told = {}
+    def sha256(self) -> dict[str, str]:
+        """Of each task: the hash of its config, with the source of its functions but no path, and of every item it scores."""
+        made = {}
         for name, task in self.tasks.items():
             settings = {key: value for key, value in task.dump_config().items() if key not in PLACES}
-            told[name] = [settings, [str(doc) for doc in task.eval_docs]]
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+            told = json.dumps([settings, [str(doc) for doc in task.eval_docs]], sort_keys=True, default=str)
+            made[name] = hashlib.sha256(told.encode()).hexdigest()
+        return made
 
 
 def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:
