@@ -155,7 +155,7 @@ def test_a_student_with_another_template_answers_the_same_requests(folder: Path,
     made = evaluate(folder, run=None, **raw)
     records = scores.read(made.path / scores.FILE)
     asked = {(s.suite, s.item_id, s.prompt_sha256) for s in records}
-    assert len(asked) == 44 + 24 + 24, "both were asked the same, each through its own template"
+    assert len(asked) == 44 + 24 + 40 + 24, "both were asked the same, each through its own template"
     words = {arm: made.manifest["subjects"][arm]["source"]["words_sha256"] for arm in ("base", "tuned")}
     assert words["base"] != words["tuned"]
     assert gate.read(gate.run(made.path, tmp_path / "verdict")).rows
