@@ -125,7 +125,7 @@ def test_the_nearest_suite_is_the_reference_and_says_so():
         "no suite is nearer to them, so the others are compared with this one"
     )
     assert found["far"]["harm"] is None
-    assert "harm is not judged: near shares no metric" in found["far"]["says"]
+    assert "harm is not judged: near (AUC 0.55) shares no metric" in found["far"]["says"]
 
 
 def test_scores_become_paired_changes():

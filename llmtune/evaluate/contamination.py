@@ -28,9 +28,8 @@ GRAM = 13
 SHORTEST = (
     8  # words; a shorter item is in a row only as a whole turn of it, since "say hello" is in many texts by chance
 )
-COMMON = (
-    10  # what is in more rows, or in more items, than this is a form of words and no item's own, as in GPT-3's rule
-)
+COMMON = 10
+"""What stands in more rows, or in items of more clusters, than this is a form of words and no item's own, as in GPT-3's rule."""
 WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W぀-ヿ㐀-鿿豈-﫿]+")  # written without spaces: each sign is a word
 
 Words = tuple[str, ...]
@@ -94,7 +93,7 @@ def leave_out(items: Mapping[Key, Item], trained: Trained) -> tuple[dict[Key, It
         nonlocal rows
         for chat in trained.chats():
             rows += 1
-            yield chat.row.place, [str(turn["content"]) for turn in chat.turns if turn["role"] != "system"]
+            yield chat.row.place, [str(turn["content"] or "") for turn in chat.turns if turn["role"] != "system"]
 
     asked = {key: item.question for key, item in items.items()}
     clusters = {key: f"{item.suite} {item.cluster_id}" for key, item in items.items()}

@@ -28,7 +28,7 @@ from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.evaluate.subjects import Memory, Subject
 from llmtune.evaluate.suites import Item, Suite
 from llmtune.model import infer, load
-from llmtune.progress import Progress
+from llmtune.progress import Progress, say
 
 SEED = 0
 CONFIDENCE = 0.90
@@ -121,7 +121,9 @@ def measure(
             bar.advance()
     figures = {name: _figures(bench, min(batch_size, len(numbers))) for name, bench in benches.items()}
     for name in names[1:]:
-        figures[name]["ratio"] = _ratios(benches[name], first)
+        figures[name]["ratio"] = ratios = _ratios(benches[name], first)
+        told = [f"{what.removesuffix('_s').replace('_', ' ')} {one['value']:.2f} x" for what, one in ratios.items()]
+        say(f"  cost of {name}: {', '.join(told)} the seconds of {names[0]}")
     return figures
 
 

@@ -22,7 +22,7 @@ from llmtune.errors import ConfigError
 from llmtune.evaluate.contamination import Trained
 from llmtune.evaluate.suites import Item
 from llmtune.model import encoder
-from llmtune.progress import Progress
+from llmtune.progress import Progress, say
 from llmtune.scores import Score
 
 MOST_TRAINING, MOST_ITEMS = 1_000, 500  # prompts embedded, drawn by a seed
@@ -87,8 +87,10 @@ def measure(
             suite: distinguish(of_training, encoder.encode(reader, texts, bar.advance))
             for suite, texts in drawn.items()
         }
-    counts = {"rows": rows, "drawn": len(training)}
-    return summarise(domains, changes(records, "base", "tuned"), counts)
+    found = summarise(domains, changes(records, "base", "tuned"), {"rows": rows, "drawn": len(training)})
+    for suite, entry in found.items():
+        say(f"  {suite}: {entry['says']}")
+    return found
 
 
 def _asked(chat: Chat) -> str:
@@ -171,7 +173,7 @@ def summarise(
             "auc_null_95": domain.auc_null_95,
             "distinguishable": domain.distinguishable,
             "harm": harm,
-            "says": _says(domain, reference, harm),
+            "says": _says(domain, reference and f"{reference} (AUC {domains[reference].auc:.2f})", harm),
         }
     return entries
 
@@ -229,7 +231,7 @@ def _says(domain: Domain, reference: str | None, harm: dict[str, Any] | None) ->
         )
     if harm is None:
         return f"{alike} the training prompts {by}; harm is not judged: {reference} shares no metric with {LEAST} independent items"
-    figures = f"{harm['metric']} changes by {harm['delta']:+.3g}, on {reference} by {harm['reference_delta']:+.3g}"
+    figures = f"{harm['metric']} changes by {harm['delta']:+.3g}, and by {harm['reference_delta']:+.3g} on {reference}"
     if harm["verdict"] == "harmful":
         return (
             f"{alike} the training prompts {by}, and harmful: {figures}; worse than the base here, and more than there"

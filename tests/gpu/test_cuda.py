@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from llmtune import artifact, config
+from llmtune.config.eval import CostConfig
+from llmtune.evaluate import cost, subjects
+from llmtune.evaluate.subjects import Memory
+from llmtune.evaluate.suites import Item
 from llmtune.export import merge
 from llmtune.stages import sft
 
@@ -77,3 +81,14 @@ def test_bfloat16_trains_and_its_merge_is_proven(tmp_path: Path, tiny_folder: Pa
     assert curve[-1] < curve[0]
     made = merge.run(tmp_path / "cuda-bfloat16")
     assert artifact.read(made.path).manifest["proof"]["storage"]["holds"]
+
+
+def test_the_peak_of_an_arm_is_counted_by_torch(tiny_folder: Path) -> None:
+    found = subjects.find(str(tiny_folder))
+    memory = Memory([found], "float32", "cuda")
+    items = [Item("s", str(i), str(i), [{"role": "user", "content": "count " * 200}]) for i in range(4)]
+    (figures,) = cost.measure(CostConfig(prompts=4, new_tokens=4), {"base": found}, items, memory, 4).values()
+    assert "max_memory_allocated" in figures["peak_is"]
+    keys_and_values = 2 * 2 * 4 * 1200 * 32 * 4  # layers, rows, tokens, two heads of 16, float32
+    assert figures["peak_bytes"] - figures["weights_bytes"] > keys_and_values
+    assert figures["first_token_s"]["p50"] > 0
