@@ -16,7 +16,7 @@ from llmtune import artifact, config
 from llmtune.data.openers import encode_openers, refusal_margin
 from llmtune.data.tokens import encode_prompt
 from llmtune.errors import ConfigError, LlmtuneError
-from llmtune.model import infer, load
+from llmtune.model import adapters, infer, load
 from llmtune.stages import sft
 from llmtune.training import callbacks
 
@@ -105,35 +105,37 @@ def test_a_watched_run_is_the_unwatched_one_to_the_bit(run, place: Path, tiny_fo
     assert f"step 2: refusal margin {seen[1]['refusal_margin']:.2f}, " in said
     assert "refusal margin" in (watched.path / "curves.svg").read_text()
     assert "refusal margin" not in (plain.path / "curves.svg").read_text()
-    # the margin before training is that of the base, asked anew
+    # what was watched is what the base, and the adapter as it was written, say when asked anew
     source = load.find(str(tiny_folder))
     tokenizer, model = load.load_tokenizer(source), load.load_model(source, "float32")
-    rows = map(json.loads, (place / "asked.jsonl").read_text().splitlines())
-    one_each = [row for row in rows if row["id"].isdigit()]
-    every = {
-        row["id"]: refusal_margin(
-            infer.log_probabilities(
-                model,
-                encode_openers(tokenizer, encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])),
-                tokenizer.pad_token_id,
-            )
-        )
-        for row in one_each
-    }
-    left_out = sum(every.values()) - 20 * seen[0]["refusal_margin"]  # 20 of the 21 are drawn
-    assert min(abs(left_out - margin) for margin in every.values()) < 1e-4
+    asked = [row["prompt"] for row in map(json.loads, (place / "asked.jsonl").read_text().splitlines())][:21]
+
+    def left_out(model, mean: float) -> float:
+        """The nearest that a single prompt's margin comes to what is missing: 20 of the 21 prompts are drawn."""
+        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+        rows = [encode_openers(tokenizer, prompt) for prompt in prompts]
+        every = [refusal_margin(infer.log_probabilities(model, one, tokenizer.pad_token_id)) for one in rows]
+        return min(abs(sum(every) - 20 * mean - margin) for margin in every)
+
+    assert left_out(model, seen[0]["refusal_margin"]) < 1e-4
+    assert left_out(adapters.attach(model, source, watched), kept["refusal_margin"]) < 1e-4
 
 
 def test_a_run_that_unlearns_refusing_is_ended_before_a_checkpoint(run, place: Path) -> None:
-    strict, long = WATCH | {"max_drop": 1.0}, {"max_steps": 30, "scheduler": "constant"}
-    with pytest.raises(LlmtuneError, match="the refusal margin on 20 prompts of") as end:
+    long = {"max_steps": 15, "scheduler": "constant"}
+    free = lines(run("free", WATCH, **long).path, watched=True)
+    first = next(line for line in free if line["refusal_drop"] > 1)
+    limit = (first["refusal_drop"] + first["refusal_drop_least"]) / 2  # at that step the mean alone is above it
+    expected = next(line["step"] for line in free if line["refusal_drop_least"] > limit)
+    assert expected > first["step"]
+    strict = WATCH | {"max_drop": limit}
+    with pytest.raises(LlmtuneError, match=f"stopped at step {expected}: the refusal margin on 20 prompts of") as end:
         run("strict", strict, **long)
     assert type(end.value) is LlmtuneError and end.value.exit_code == 1
     folder = place / "strict" / "checkpoints"
     seen = lines(folder, watched=True)
     at = seen[-1]["step"]
-    assert f"stopped at step {at}" in str(end.value)
-    assert seen[-1]["refusal_drop_least"] > 1 >= max(line["refusal_drop_least"] for line in seen[:-1])
+    assert seen == free[: len(seen)] and at == expected
     assert not (place / "strict" / "adapter").exists()
     kept = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
     assert all(step < at for step in kept)
