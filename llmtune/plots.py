@@ -33,7 +33,10 @@ def curves_svg(metrics: Sequence[Row], width: int = 960) -> str:
     left, right, top, bottom = 52, width - 14, 14 + 22 * len(legend), 240 + 22 * len(legend)
     foot = bottom + (70 if rate else 0) + (70 if margin else 0)
     steps, losses = zip(*train, *held_out, strict=True)
-    (x, across), (y, up) = scale(steps, left, right, most=8 if width > 600 else 4), scale(losses, bottom, top, 0.06)
+    (x, across), (y, up) = (
+        scale([*steps, *(step for step, _ in margin)], left, right, most=8 if width > 600 else 4),
+        scale(losses, bottom, top, 0.06),
+    )
     parts = [text((left + right) / 2, foot + 40, "step", "muted", "middle")]
     parts += [text(x(value), foot + 20, label, "muted", "middle") for value, label in across]
     for value, label in up:

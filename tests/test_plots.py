@@ -51,6 +51,7 @@ def log(losses: list[object], key: str = "loss") -> list[dict[str, object]]:
         log([5e-324, 0.0]),
         log([1.0, 1.0 + 2e-16]),
         log([1e6, 2e6, 1e5]),
+        [{"step": 0, "refusal_margin": 3.0}, *log([2.0, 1.0]), {"step": 2, "refusal_margin": -1.0}],
         [{"loss": 2.0}, {"step": None, "loss": 1.0}, {"step": 3, "loss": 1.0, "learning_rate": 0.0}],
         [{"step": 5, "loss": 1.0}, {"step": 5, "loss": 2.0}, {"step": 1, "loss": 3.0}],
         log([random.Random(0).gauss(2, 1) for _ in range(20_000)]) + log([2.0] * 200, "validation_loss"),
