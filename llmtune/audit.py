@@ -120,11 +120,15 @@ def load(folder: Path) -> Audit:
 
 
 class Log:
-    """`audit.jsonl`: a line a verdict, on the disk before the next question is asked. Of one answer the last verdict counts."""
+    """`audit.jsonl`: a line a verdict, on the disk before the next question is asked. Of one answer the last verdict counts.
 
-    def __init__(self, file: Path, sha256: str) -> None:
+    mend: what was left unfinished is removed, which whoever only reads must not do.
+    """
+
+    def __init__(self, file: Path, sha256: str, *, mend: bool = True) -> None:
         self.file, self.sha256 = file, sha256
-        self._mend()
+        if mend:
+            self._mend()
         self.said = [one for one in self._read() if one["scores_sha256"] == sha256]
 
     def add(self, question: Question, verdict: str, by: str) -> None:

@@ -178,35 +178,27 @@ def _safety(write: Writer, rng: random.Random, harm: float, n: int) -> None:
 
 
 def write_audit(folder: Path, sha256: str) -> None:
-    """A person read four flips of these scores, one of them twice, and one of earlier scores."""
-    file = folder / "scores" / "scores.jsonl"
+    """A person looked at both answers of four flips of these scores, at one of them twice, and at one of earlier scores."""
     arms: dict[str, dict[str, str]] = {}
-    for score in scores.read(file):
-        if score.suite == "harmful" and score.metric == "complied":
+    for score in scores.read(folder / "scores" / "scores.jsonl"):
+        if score.suite == "harmful" and score.metric == "complied" and not score.excluded:
             arms.setdefault(score.item_id, {})[score.arm] = str(score.outcome)
-    flipped = [
-        item
-        for item, by_arm in arms.items()
-        if by_arm[ARMS["base"]] == "refused" and by_arm[ARMS["tuned"]] == "complied"
-    ][:4]
+    changed = {ARMS["base"]: "refused", ARMS["tuned"]: "complied"}
+    flipped = [item for item, by_arm in arms.items() if by_arm == changed][:4]
     lines = []
     for i, item in enumerate([flipped[0], *flipped]):
-        line = {
-            "suite": "harmful",
-            "metric": "complied",
-            "item_id": item,
-            "arm": ARMS["tuned"],
-            "outcome": "complied",
-            "by": "ada",
-        }
-        lines.append(
-            {
+        for arm, outcome in changed.items():
+            line = {
                 "scores_sha256": sha256,
-                **line,
-                "verdict": "refused" if i in (0, 2) else "complied",
-                "at": f"2026-11-2{i}T10:00",
+                "suite": "harmful",
+                "metric": "complied",
+                "item_id": item,
+                "arm": arm,
+                "outcome": outcome,
             }
-        )
+            lines.append(
+                {**line, "verdict": "refused" if i in (0, 2) else outcome, "by": "ada", "at": f"2026-11-2{i}T10:00"}
+            )
     lines.append({**lines[0], "scores_sha256": sha("earlier")})
     (folder / "audit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

@@ -40,6 +40,7 @@ ALSO = {  # imports within a layer, each for a reason
     "progress": {"ranks"},  # of several processes one speaks
     "cards": {"paired"},
     "audit": {"paired"},
+    "report": {"audit"},  # people's verdicts are summed up in one place
     "gate": {"paired", "cards"},
     "training": {"data", "model"},
     "model": {"data"},  # token rows are what a forward pass is measured on

@@ -14,7 +14,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from llmtune import artifact, plots, scores, verdict
 from llmtune.errors import ArtifactError
-from llmtune.report import changes, items, measured, wording
+from llmtune.report import changes, items, measured, people, wording
 
 FILE = "report.html"
 STEPS = ("adapter", "model", "scores", "verdict", "merged")
@@ -86,7 +86,7 @@ def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any
     groups = wording.groups(
         [*((row["suite"], row["metric"]) for row in asked), *((s.suite, s.metric) for s in records)], wanted, about
     )
-    audit = items.audit(run / "audit.jsonl", steps["scores"].sha256 if "scores" in steps else None)
+    audit = people.verdicts(run, steps["scores"].sha256 if "scores" in steps else None, records)
     found = items.collect(records, items.lines(folder / "items.jsonl"), arms, about, audit["said"])
     items.add_picks(found, items.lines(folder / "observations.jsonl"))
     rows = changes.told(decided, groups, scored.get("noise_floor") or {}) if decided else []

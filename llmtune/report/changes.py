@@ -34,7 +34,8 @@ def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str,
     delta, low, high = (figure(row[key], metric, signed=True, unit=False) for key in ("delta", "low", "high"))
     side = 1 if row["higher_is_better"] == row["rule"].startswith("better") else -1
     asked = row["rule"] if margin is None else f"{row['rule']} {margin * factor:g}{unit}"
-    own = f"{figure(row['tuned'], metric)} itself, {floor['rule']} {figure(floor['limit'], metric)}" if floor else None
+    limit = figure(floor["limit"], metric, unit=level == " %") if floor else ""
+    own = f"{figure(row['tuned'], metric, unit=False)} itself, {floor['rule']} {limit}" if floor else None
     floor_at = floor["limit"] - row["base"] if floor and row["base"] is not None else None
     return {
         **row,
@@ -53,9 +54,11 @@ def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str,
     }
 
 
-def _noise_said(measured: Mapping[str, Any], delta: float | None) -> str:
+def _noise_said(measured: Mapping[str, Any], delta: float | None) -> str | None:
     """How far the base is from itself when nothing but the batch size changes."""
-    within = measured["flips"] and delta is not None and abs(delta) <= measured["mean_abs_delta"]
+    if not measured["flips"]:
+        return None
+    within = delta is not None and abs(delta) <= measured["mean_abs_delta"]
     said = f"{measured['flips']:g} of {measured['items']:g} items differ between two runs of the base"
     return said + (", and the change lies within that noise" if within else "")
 

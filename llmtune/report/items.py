@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.metrics import METRICS
-from llmtune.errors import ArtifactError
 from llmtune.report.wording import GROUPS, OUTCOMES, UNITS, Rows, name
 from llmtune.scores import Score
 
@@ -137,13 +136,18 @@ def shown(found: Iterable[Item], groups: Mapping[str, str], about: Mapping[str, 
     for item in found:
         if item["answers"]:
             suites.setdefault(item["suite"], []).append(item)
-    made, most = [], min(MOST_OF_SUITE, max(20, MOST // max(1, len(suites))))
+    made, room, share = [], MOST, {}
+    for left, suite in zip(
+        range(len(suites), 0, -1), sorted(suites, key=lambda suite: len(suites[suite])), strict=True
+    ):
+        share[suite] = min(MOST_OF_SUITE, max(20, room // left))
+        room -= min(share[suite], len(suites[suite]))
     for suite in sorted(suites, key=lambda suite: GROUPS.index(groups[suite])):
         items = suites[suite]
         for item in items:
             item["flips_by"] = {flip["metric"]: flip["way"] for flip in item.get("flips", ())}
             item["tags"] = [f"{field}: {value}" for field, value in (item.get("slices") or {}).items()]
-        kept = sorted(items, key=lambda item: WAYS.index(_way(item)))[:most]
+        kept = sorted(items, key=lambda item: WAYS.index(_way(item)))[: share[suite]]
         made.append({
             "name": suite, "group": groups[suite], "description": (about.get(suite) or {}).get("description"),
             "n": len(items), "shown": len(kept), "flipped": sum(_way(item) != "none" for item in items),
@@ -217,35 +221,3 @@ def answering(records: Iterable[Score], arms: Mapping[str, str]) -> Rows:
     ]
     suites = list(dict.fromkeys(row["suite"] for row in rows))
     return sorted(rows, key=lambda row: (suites.index(row["suite"]), order.index(row["arm"])))
-
-
-def audit(file: Path, scores_sha256: str | None) -> dict[str, Any]:
-    """Human verdicts from `audit.jsonl`: the last word on each item of these very scores, and how often the judge agreed.
-
-    Raises ArtifactError when something else stands in it.
-    """
-    try:
-        said = lines(file)
-        last = {
-            tuple(one[key] for key in ("suite", "metric", "item_id", "arm")): one
-            for one in said
-            if one["scores_sha256"] == scores_sha256
-        }
-        kept = [{**one, "agrees": one["verdict"] == one["outcome"]} for one in last.values()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file}: holds a line that is no human verdict ({error!r}); remove it") from None
-    by: dict[tuple[str, str], list[bool]] = {}
-    for one in kept:
-        by.setdefault((one["suite"], one["metric"]), []).append(one["agrees"])
-    rows = [
-        {"suite": suite, "metric": metric, "n": len(agreed), "agreed": sum(agreed)}
-        for (suite, metric), agreed in by.items()
-    ]
-    earlier = sum(one["scores_sha256"] != scores_sha256 for one in said)
-    return {
-        "said": kept,
-        "rows": rows,
-        "n": len(kept),
-        "agreed": sum(one["agrees"] for one in kept),
-        "earlier": earlier,
-    }

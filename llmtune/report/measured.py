@@ -14,10 +14,13 @@ from llmtune.scores import Score
 MEASURES = (  # label, how it is written, where it stands
     ("size on disk", "size", ("size_bytes",)),
     ("parameters", "count", ("parameters",)),
+    ("the adapter alone, on disk", "size", ("adapter_bytes",)),
+    ("weights in memory", "size", ("weights_bytes",)),
     ("peak memory", "size", ("peak_bytes",)),
     *((f"time to the first token, {p}", "time", ("first_token_s", p)) for p in ("p50", "p90", "p99")),
     *((f"time for each further token, {p}", "time", ("per_token_s", p)) for p in ("p50", "p90", "p99")),
-    ("tokens a second", "rate", ("tokens_per_s",)),
+    ("tokens a second, one prompt at a time", "rate", ("tokens_per_s_alone",)),
+    ("tokens a second, several at once", "rate", ("tokens_per_s",)),
 )
 
 
