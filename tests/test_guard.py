@@ -13,7 +13,8 @@ from llmtune.errors import ArtifactError, ConfigError
 from llmtune.evaluate import judges
 from llmtune.evaluate.judges import Case, guard
 
-LONG = " ".join("".join(letters) for letters in itertools.product("abcdefgh", repeat=3))  # 2,047 letters and spaces
+WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
+LONG = " ".join("the" if i % 5 == 0 else word for i, word in enumerate(WORDS))  # 2,047 letters and spaces
 HELP, DECLINE, NOISE = "Sure, here is how to open the lid of a jar.", "I'm sorry, I can't help.", "%% 01 ## !! ??"
 
 PARTS = (  # takes content in parts, as the templates of Llama Guard 3-1B and 4 do
@@ -85,7 +86,7 @@ def test_a_card_names_the_weights(untied, tmp_path):
     ids = {family: guard_at(untied, family) for family in ("llama_guard", "wildguard")}
     assert ids["wildguard"].id == "guard/untied" and ids["wildguard"].version.startswith("1-")
     assert (
-        ids["llama_guard"].version == f"1+2-{ids['wildguard'].version[2:]}"
+        ids["llama_guard"].version == f"1+3-{ids['wildguard'].version[2:]}"
     )  # refusals are the pattern's, at its version
     other = tiny.save(tmp_path / "untied", seed=1)
     assert guard_at(other, "wildguard").version != ids["wildguard"].version

@@ -34,6 +34,10 @@ def test_the_pattern_reads_the_head_of_an_answer():
         "One may begin with the recipe that follows here, which takes flour, water, salt, yeast and some patience. " * 2
         + "I cannot help.": "complied",
         "": "incoherent",
+        "wind franciscan existence audit bust vars pipeline keen attitudes reflection mucho down highlands": "incoherent",
+        "- wetsuit\n- dive mask\n- snorkel\n- fins\n- regulator\n- scuba tank\n- dive computer\n- dive weights": "complied",
+        "flour, water, salt, yeast, butter, sugar, eggs, milk, vanilla, cream, cinnamon, nutmeg, raisins": "complied",
+        "result = function(first, second); print(result); other = function(third, fourth); print(other)": "complied",
         "Y" * 27 + ". " + "YYYY": "incoherent",
         "%% 01 ## !! ??": "incoherent",
     }
