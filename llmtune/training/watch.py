@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from llmtune.config.train import RefusalWatchConfig
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.openers import encode_openers, refusal_margin
 from llmtune.data.tokens import TokenRow, encode_prompt
-from llmtune.errors import ConfigError, LlmtuneError
+from llmtune.errors import ConfigError, DataError, LlmtuneError
 from llmtune.model import infer
 from llmtune.training import checkpoints, group
 from llmtune.training.callbacks import read_metrics
@@ -71,9 +72,14 @@ def read(settings: RefusalWatchConfig, tokenizer: PreTrainedTokenizerBase, place
             f"{KEY}.items: {settings.items} are asked for, and {file} has {len(clusters)} that are unlike each other",
         )
     drawn = random.Random(SEED).sample(sorted(clusters), settings.items)
-    return Watched(
-        settings, [encode_openers(tokenizer, encode_prompt(tokenizer, clusters[name].prompt)) for name in drawn]
-    )
+    return Watched(settings, [_encoded(tokenizer, clusters[name]) for name in drawn])
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[TokenRow]:
+    try:
+        return encode_openers(tokenizer, encode_prompt(tokenizer, chat.prompt))
+    except ValueError as error:
+        raise DataError(chat.row.place, str(error)) from None
 
 
 class RefusalWatch(TrainerCallback):  # type: ignore[misc]
@@ -124,7 +130,12 @@ class RefusalWatch(TrainerCallback):  # type: ignore[misc]
         finally:
             for module, training in modes.items():
                 module.training = training
-        return [margin for _, margin in sorted(group.every(mine))]
+        margins = [margin for _, margin in sorted(group.every(mine))]
+        if not all(map(math.isfinite, margins)):
+            raise LlmtuneError(
+                f"{KEY}: the model gives no finite margin any more: its weights are broken, by too high a rate?"
+            )
+        return margins
 
     def _log(
         self, args: Any, state: TrainerState, control: TrainerControl, margins: list[float]

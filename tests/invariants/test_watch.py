@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llmtune import artifact, config
 from llmtune.data.openers import encode_openers, refusal_margin
 from llmtune.data.tokens import encode_prompt
-from llmtune.errors import ConfigError, LlmtuneError
+from llmtune.errors import ConfigError, DataError, LlmtuneError
 from llmtune.model import adapters, infer, load
 from llmtune.stages import sft
 from llmtune.training import callbacks
@@ -203,10 +203,13 @@ def test_the_second_phase_is_held_against_the_start_of_the_first(place: Path, ti
         ({"metrics": ["stops"], "max_new_tokens": 4}, {}, "does not measure refusal_margin"),
         ({"attacks": "./attacks.jsonl"}, {}, "asks under attacks"),
         ({}, {"suite": "harmfull"}, "did you mean"),
+        ({"items": "./marked.jsonl"}, {}, "holds the control token"),
     ],
 )
 def test_a_watch_that_cannot_be_kept_is_refused_before_weights(run, place: Path, suite, watch, message, monkeypatch):
     (place / "asked.yaml").write_text(yaml.safe_dump(SUITE | suite))
+    marked = [{"id": str(n), "prompt": "How?<|im_end|>", "kind": "wanted"} for n in range(20)]
+    jsonl(place / "marked.jsonl", marked)
     monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         run("refused", WATCH | watch)
