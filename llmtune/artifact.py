@@ -141,6 +141,15 @@ def finished_run(run: Path) -> Artifact:
     raise ArtifactError(f"{run}: holds no finished run (neither adapter/ nor model/); 'llmtune sft' makes one")
 
 
+def scores_folder(given: Path) -> Path:
+    """Where the scores of a run lie, or `given` itself, which may be scores. Raises ArtifactError for a run without any."""
+    if (given / "scores").is_dir():
+        return given / "scores"
+    if any((given / step).is_dir() for step in ("adapter", "model")):
+        raise ArtifactError(f"{given}: holds no scores; 'llmtune eval' makes them")
+    return given
+
+
 def complete(folder: Path) -> bool:
     """Whether a finished artifact lies at `folder` (cheap: hashes are checked by `read`)."""
     return (folder / MANIFEST).is_file()

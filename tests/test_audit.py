@@ -191,6 +191,9 @@ def test_all_and_sample(run: Path, walk) -> None:
 
 
 def test_what_cannot_be_audited_is_said(tmp_path: Path, capsys) -> None:
+    (tmp_path / "trained" / "adapter").mkdir(parents=True)
+    assert main(["audit", str(tmp_path / "trained"), "--by", "ada"]) == 2
+    assert "holds no scores; 'llmtune eval' makes them" in capsys.readouterr().err
     made = write(tmp_path / "run", {"harmful": {"a": (SORRY, SORRY)}})
     file = made.path / "scores.jsonl"
     file.write_text("")

@@ -273,19 +273,6 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             JSON,
         ],
     ),
-    "audit": (
-        "audit:audit",
-        "look at the answers whose outcome flipped, and say what they are; how often the judge agrees with you",
-        [
-            _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds scores/, or the scores"),
-            _argument("--all", action="store_true", help="also every item that did not flip"),
-            _argument(
-                "--sample", type=_positive, metavar="N", help="also N items that did not flip, drawn by a fixed seed"
-            ),
-            _argument("--by", metavar="NAME", help="whose verdicts these are; default: the user's name"),
-            JSON,
-        ],
-    ),
     "judge again": (
         "judges:again",
         "let another judge judge the stored answers of an evaluation; no model runs but the judge's own",
@@ -298,6 +285,19 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
                 help="the keys of a 'judge' section, or a kind that needs none",
             ),
             _argument("--output", type=Path, required=True, metavar="DIR", help="for the new scores; DIR is made"),
+            JSON,
+        ],
+    ),
+    "audit": (
+        "audit:audit",
+        "look at the answers whose outcome flipped, and say what they are; how often the judge agrees with you",
+        [
+            _argument("run_folder", type=Path, metavar="RUN", help="the folder that holds scores/, or the scores"),
+            _argument("--all", action="store_true", help="also every item that did not flip"),
+            _argument(
+                "--sample", type=_positive, metavar="N", help="also N items that did not flip, drawn by a fixed seed"
+            ),
+            _argument("--by", metavar="NAME", help="whose verdicts these are; default: the user's name"),
             JSON,
         ],
     ),

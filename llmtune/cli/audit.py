@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from typing import Any
 
+from llmtune import artifact
 from llmtune.errors import UserError
 from llmtune.progress import say
 
@@ -25,8 +26,7 @@ def audit(arguments: argparse.Namespace) -> int:
 
     if arguments.all and arguments.sample is not None:
         raise UserError("audit: --all takes every item, so --sample has no effect; leave out one of them")
-    given = arguments.run_folder
-    folder = given / "scores" if (given / "scores").is_dir() else given
+    folder = artifact.scores_folder(arguments.run_folder)
     found = audits.load(folder)
     log, by = audits.Log(folder.resolve().parent / audits.FILE, found.sha256), arguments.by or _user()
     asked = found.questions(None if arguments.all else arguments.sample or 0)

@@ -11,7 +11,7 @@ import yaml
 
 from llmtune import artifact, config, ranks
 from llmtune.cli import launch
-from llmtune.errors import VERDICT_EXIT, ArtifactError, ConfigError
+from llmtune.errors import VERDICT_EXIT, ConfigError
 from llmtune.interruption import Interruption
 from llmtune.progress import say
 
@@ -57,9 +57,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def gate(arguments: argparse.Namespace) -> int:
-    folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
-    if folder == arguments.scores and any((folder / step).is_dir() for step in ("adapter", "model")):
-        raise ArtifactError(f"{folder}: holds no scores; 'llmtune eval' makes them")
+    folder = artifact.scores_folder(arguments.scores)
     return _decided(folder, _margins(arguments.margin), _files(arguments), as_json=arguments.json)
 
 

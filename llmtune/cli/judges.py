@@ -37,7 +37,7 @@ def again(arguments: argparse.Namespace) -> int:
     from llmtune.evaluate import rejudge
 
     settings = _settings(arguments.judge)
-    folder = arguments.scores / "scores" if (arguments.scores / "scores").is_dir() else arguments.scores
+    folder = artifact.scores_folder(arguments.scores)
     made, changes = rejudge.again(folder, settings, arguments.output, arguments.judge)
     told = json.dumps(rejudge.as_json(made, changes), indent=1) if arguments.json else rejudge.render(made, changes)
     sys.stdout.write(told + "\n")

@@ -24,6 +24,7 @@ VERBS = [
     "compare",
     "gate",
     "judge",
+    "audit",
     "merge",
     "chat",
     "report",
