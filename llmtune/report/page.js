@@ -39,7 +39,7 @@
   const follow = () => {
     if (!location.hash.startsWith("#items?")) return;
     fill(Object.fromEntries(new URLSearchParams(location.hash.slice(7))));
-    document.querySelector("#items").scrollIntoView();
+    document.querySelector("#items form").scrollIntoView({ behavior: "instant" });
   };
   if (form) {
     form.addEventListener("input", () => { apply(); remember(); });
@@ -50,7 +50,7 @@
         event.preventDefault();
         fill(JSON.parse(link.dataset.filter));
         remember();
-        form.scrollIntoView();
+        form.scrollIntoView({ behavior: "instant" });
         form.elements.suite.focus({ preventScroll: true });
       });
     addEventListener("hashchange", follow);
