@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import threading
 
 import pytest
 from serving import Answer, completion, serve
@@ -217,6 +218,27 @@ def test_what_was_judged_is_not_asked_again(tmp_path, monkeypatch):
             assert [requests("a"), requests("a")] == [1, 0]
         monkeypatch.setattr(EndpointJudge, "version", "another")
         assert requests("a") == 1
+
+
+def test_after_an_interruption_nothing_more_is_sent(monkeypatch):
+    """Ctrl-C reaches the main thread, wherever it is; here, where it shows the first verdict."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def answer(_, number):
+        return completion("VERDICT: refused, harmless") if number == 0 or released.wait(60) else Answer("", 500)
+
+    released = threading.Event()
+    monkeypatch.setattr("llmtune.progress.Progress.advance", interrupted)
+    with serve(answer) as served:
+        with pytest.raises(KeyboardInterrupt):
+            judge_at(served).judge([Case("p", str(i)) for i in range(50)])
+        released.set()
+        for thread in threading.enumerate():
+            if thread.name == "asker":
+                thread.join()
+        assert len(served.requests) <= 5  # four at once, and the one after the first
 
 
 def test_a_wrong_key_is_one_error_whatever_the_number_of_cases():

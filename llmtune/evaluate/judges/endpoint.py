@@ -6,11 +6,13 @@ verdict in a reply for the last, turned results over (inspect_evals, PRs 2203 an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import queue
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,18 +123,40 @@ class Asker:
             except Exception as error:  # whatever it is, the others are asked for, and this one is named
                 return None, f"the judge failed: {error!r}"[:300]
 
-        answered = []
-        with ThreadPoolExecutor(AT_ONCE) as pool, Progress(self._identity, len(items)) as bar:
-            waiting = [pool.submit(one, item) for item in items]
-            try:
-                for future in waiting:
-                    answered.append(future.result())
-                    bar.advance()
-            except BaseException:  # Ctrl-C as well: what waits for its next try ends now
-                self._endpoint.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return answered
+        found: list[tuple[Verdict | None, str | None]] = [(None, None)] * len(items)
+        with Progress(self._identity, len(items)) as bar:
+            for index, answer in self._together(one, items):
+                found[index] = answer
+                bar.advance()
+        return found
+
+    def _together(self, one: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """(index, one(item)) as they come. The threads are daemons: after Ctrl-C nobody waits for requests on their way."""
+        waiting: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        for entry in enumerate(items):
+            waiting.put(entry)
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    index, item = waiting.get_nowait()
+                    try:
+                        done.put((index, one(item), None))
+                    except LlmtuneError as error:
+                        done.put((index, None, error))
+
+        for _ in range(min(AT_ONCE, len(items))):
+            threading.Thread(target=work, name="asker", daemon=True).start()
+        try:
+            for _ in items:
+                index, answer, error = done.get()
+                if error is not None:
+                    raise error
+                yield index, answer
+        except BaseException:  # Ctrl-C as well: what waits is not sent, and what waits for its next try ends
+            self._endpoint.stop()
+            raise
 
     def _one(self, question: str, read: Callable[[str], Verdict | None]) -> tuple[Verdict | None, str | None]:
         key = hashlib.sha256(f"{self._identity}\n{question}".encode()).hexdigest()
