@@ -19,7 +19,7 @@ import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from llmtune import config, scores
 from llmtune.config.eval import SuiteConfig
@@ -302,25 +302,32 @@ def test_items_are_drawn_and_examples_do_not_depend_on_what_ran_before(place, su
     "settings",
     [
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
-        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     ],
     ids=["saves the head", "virtual tokens"],
 )
-def test_an_adapter_switched_off_is_the_base(place, tiny_folder, settings):
-    source = load.find(str(tiny_folder))  # tied: where `tie_weights` fails once the head is the adapter's
+def test_an_adapter_switched_off_is_the_base(place, folder, tiny_folder, settings):
+    tied = settings.peft_type == "LORA"  # where `tie_weights` fails once the head is the adapter's
+    source = load.find(str(tiny_folder if tied else folder))
     subject = load.load_model(source, "float32"), load.load_tokenizer(source)
     torch.manual_seed(0)
     model, tokenizer = get_peft_model(load.load_model(source, "float32"), settings), subject[1]
-    size = 1 if settings.peft_type == "PREFIX_TUNING" else 4
+    size = 1 if settings.peft_type == "PROMPT_TUNING" else 4
     for name in ("t_choices", "t_writes"):
         task = one(place, name)
         base, tuned = capability.run(*subject, task, size), capability.run(model, tokenizer, task, 4)
         with model.disable_adapter():
             assert capability.run(model, tokenizer, task, 4).items == base.items
         assert capability.run(model, tokenizer, task, 4).items == tuned.items != base.items
+        if size == 1:  # a padded row would be answered as another prompt
+            assert capability.run(model, tokenizer, task, 1).items == tuned.items
 
 
 def test_what_goes_wrong_in_a_task_names_it(place, subject):
+    plain = tiny.tokenizer(chat_template=None)
+    with pytest.raises(ConfigError, match="t_choices: the model has no chat template; write chat_template: false"):
+        capability.run(subject[0], plain, one(place, "t_choices"), 4)
+    assert capability.run(subject[0], plain, one(place, "t_choices"), 4, chat_template=False).sample_len == 12
     rows = place.parent / "tasks" / "rows.jsonl"
     whole = rows.read_text()
     rows.write_text(whole + json.dumps({**json.loads(whole.splitlines()[0]), "id": "q12", "broken": True}) + "\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from lm_eval.api import metrics as theirs
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.evaluate.observations import Observation
 from llmtune.evaluate.suites import Suite
 from llmtune.evaluate.tasks import BROKEN, OF_ALL_ITEMS, name_of, watched
@@ -58,8 +59,9 @@ class Item:
 class Result:
     """One task under one arm.
 
-    aggregates: lm-eval's own table, "metric,filter" -> value, None where it is no number. without_items: metrics of it that have no value for a single item, so
-    that nothing can be decided on them. notes: what lm-eval warned of, such as prompts it cut, with how often it did.
+    aggregates: lm-eval's own table, "metric,filter" -> value, None where it is no number. without_items: metrics of it that have
+    no value for a single item, so that nothing can be decided on them. notes: what lm-eval warned of, such as prompts it cut,
+    with how often it did.
     """
 
     items: list[Item]
@@ -82,9 +84,12 @@ def run(
     """One task on the model, `batch_size` requests a forward pass. Cheap to call again: building lm-eval's model takes no time.
 
     chat_template: off is lm-eval's command without --apply_chat_template. unsafe_code: its --confirm_run_unsafe_code.
-    Raises LlmtuneError that names the task, and the item where its own scoring fell over it.
+    Raises LlmtuneError that names the task, and the item where its own scoring fell over it; ConfigError for a model without
+    a chat template.
     """
     name, training = task.task_name, model.training
+    if chat_template and tokenizer.chat_template is None:
+        raise ConfigError(name, "the model has no chat template; write chat_template: false in the suite")
     batch_size = 1 if has_virtual_tokens(model) else batch_size  # PEFT ignores the positions of padded rows there
     at: dict[str, Any] = {}
     with _plain(model, tokenizer), watched() as notes, _noting(task, at):
@@ -257,7 +262,9 @@ def _plain(model: Any, tokenizer: Any) -> Iterator[None]:
     settings.max_new_tokens = None  # the task says how long, and transformers would let this one win
     model.tie_weights = lambda *_, **__: None
     try:
-        with neutral(model, settings):
+        with neutral(model, settings), warnings.catch_warnings():
+            # one row at a time has no padding, so that position ids are not missed
+            warnings.filterwarnings("ignore", "Position ids are not supported for parameter efficient tuning")
             yield
     finally:
         del model.tie_weights
