@@ -11,7 +11,7 @@ import numpy as np
 
 from llmtune import stats
 from llmtune.errors import ArtifactError
-from llmtune.scores import Score
+from llmtune.scores import Score, why_excluded
 from llmtune.verdict import FLOORS, REPORTED, RULES, Floor, Row
 
 TANGO, TANGO_CLUSTERED, BOOTSTRAP = "Tango score", "Tango score over clusters", "cluster bootstrap (BCa)"
@@ -81,7 +81,7 @@ def describe(pairs: Pairs, versus: str, rule: Rule) -> tuple[Row, Pairs, bool]:
     row = replace(
         row,
         unscored={name: sum(s.value is None for s in arm) for name, arm in zip(names, arms, strict=True)},
-        excluded=dict(Counter(a.excluded for a, _ in pairs if a.excluded is not None)),
+        excluded=dict(Counter(why_excluded(a.excluded) for a, _ in pairs if a.excluded is not None)),
         outcomes={name: seen for name, seen in outcomes.items() if seen},
     )
     if used:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from llmtune.errors import ArtifactError
 
 FILE = "scores.jsonl"
+LINE = re.compile(r"(:| row )\d+$")
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,8 @@ def read(file: Path) -> list[Score]:
             except (ValueError, TypeError) as error:
                 raise ArtifactError(f"{file}:{number}: not a score record ({error})") from None
     return records
+
+
+def why_excluded(excluded: str) -> str:
+    """Why an item is excluded, without the line of the file: each item has another, and that is no reason of its own."""
+    return LINE.sub("", excluded)

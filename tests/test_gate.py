@@ -494,11 +494,11 @@ def test_a_floor_is_not_asked_of_slices():
 
 
 def test_excluded_items_are_counted_by_reason_and_decide_nothing():
-    reasons = [*["in the training rows"] * 10, *["near a training row"] * 2, *[None] * 100]
+    reasons = [*[f"stands in train.jsonl:{i}" for i in range(10)], *["near a training row"] * 2, *[None] * 100]
     _, row = one(both([0] * 112, [1] * 12 + [0] * 100, excluded=reasons), {"margin": 0.05, "at_most": 0.05})
     assert (row.verdict, row.n, row.delta, row.floor.verdict) == ("PASS", 100, 0, "PASS")
-    assert row.excluded == {"in the training rows": 10, "near a training row": 2}
-    assert "12 items are left out: 10 in the training rows, 2 near a training row" in row.notes
+    assert row.excluded == {"stands in train.jsonl": 10, "near a training row": 2}
+    assert "12 items are left out: 2 near a training row, 10 stands in train.jsonl" in row.notes
     kept = [None if reason else reason for reason in reasons]
     _, row = one(both([0] * 112, [1] * 12 + [0] * 100, excluded=kept), {"margin": 0.05})
     assert row.verdict == "FAIL"

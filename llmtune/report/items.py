@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from llmtune.config.metrics import METRICS
 from llmtune.report.wording import GROUPS, OUTCOMES, UNITS, Rows, name
-from llmtune.scores import Score
+from llmtune.scores import Score, why_excluded
 
 MOST = 1500
 """Items on one page, shared evenly by its suites; flipped ones first."""
@@ -21,7 +20,6 @@ LONGEST = 6000
 GRADED = {metric for metric in METRICS if UNITS.get(metric, (1,))[0] == 1} | {"repetition", "preferred"}
 WAYS = ("worse", "better", "same", "none")
 OF_OUTCOME = ("complied", "refused")
-PLACE = re.compile(r":\d+$")  # a line of a file is no reason of its own
 Item = dict[str, Any]
 
 
@@ -181,7 +179,7 @@ def examples(found: Sequence[Item], groups: Mapping[str, str], most: int = 5) ->
 
 def excluded(found: Iterable[Item]) -> Rows:
     """Items that decide nothing, by suite and reason."""
-    counts = Counter((i["suite"], PLACE.sub("", i["excluded"])) for i in found if i.get("excluded"))
+    counts = Counter((i["suite"], why_excluded(i["excluded"])) for i in found if i.get("excluded"))
     return [{"suite": suite, "reason": reason, "n": n} for (suite, reason), n in counts.items()]
 
 
