@@ -260,6 +260,9 @@ def test_sets_are_read_as_they_are_published(tmp_path):
 
 
 def test_sets_that_are_not_there(tmp_path):
+    (tmp_path / "completions_gpt4.csv").write_text("prompt,answer\np,a\n")
+    with pytest.raises(DataError, match=r"is not laid out as https://github\.com/paul"):
+        labelled.load("xstest_human", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'xstest_human'"):
         labelled.load("xstest_humans", tmp_path)
     with pytest.raises(ConfigError, match=r"github\.com/paul-rottger/exaggerated-safety"):

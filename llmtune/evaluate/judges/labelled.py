@@ -62,7 +62,10 @@ def load(name: str, data: Path | None) -> LabelledSet:
     if not data.is_dir():
         raise ConfigError("--data", f"no such folder: {data}")
     files = sorted(file for file in data.rglob("*") if re.fullmatch(pattern, file.name) and file.is_file())
-    found = read(files)
+    try:
+        found = read(files)
+    except (KeyError, TypeError) as error:
+        raise DataError(data, f"is not laid out as {published}: {error!r}") from None
     if not found.answers:
         raise ConfigError("--data", f"{data} holds no answers of {name}; it is in {published}")
     return found
