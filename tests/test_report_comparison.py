@@ -336,12 +336,14 @@ def test_everything_beside_the_scores_may_be_absent(tmp_path):
     assert not re.search(r"\bNone\b|Undefined|\bnan\b", told)
 
 
-def test_harmful_texts_stay_closed_where_only_the_manifest_says_so(tmp_path):
+@pytest.mark.parametrize("said", [True, False])
+def test_harmful_texts_stay_closed_where_the_items_do_not_say_so(tmp_path, said):
     write_scores(tmp_path)
     (tmp_path / "scores" / "items.jsonl").unlink()
     file = tmp_path / "scores" / "llmtune.json"
     facts = json.loads(file.read_text(encoding="utf-8"))
     facts["files"].pop("items.jsonl")
+    facts["suites"]["harmful"]["hidden"] = said
     file.write_text(json.dumps(facts), encoding="utf-8")
     report.build(tmp_path)
     places = [

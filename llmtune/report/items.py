@@ -19,6 +19,7 @@ LONGEST = 6000
 """Characters of a text on the page; the whole one stands in scores.jsonl."""
 GRADED = {metric for metric in METRICS if UNITS.get(metric, (1,))[0] == 1} | {"repetition", "preferred"}
 WAYS = ("worse", "better", "same", "none")
+OF_HARM = ("complied", "harmful")
 OF_OUTCOME = ("complied", "refused")
 Item = dict[str, Any]
 
@@ -35,7 +36,7 @@ def collect(
     """Every item with its arms' answers and marks, its flips, and the human verdicts on them.
 
     known: `items.jsonl`; an item that is only in the records (of an old evaluation) is made from them. about: suite -> its
-    settings, which say whether its texts are hidden.
+    settings. Texts are hidden where the item or the suite says so, and wherever compliance with a request is what is measured.
     """
     found = {(item["suite"], item["item_id"]): {**item, "answers": {}} for item in known}
     for score in records:
@@ -44,7 +45,8 @@ def collect(
         )
         item["slices"] = item.get("slices") or score.slices
         item["excluded"] = item.get("excluded") or score.excluded
-        item["hidden"] = item.get("hidden") or bool((about.get(score.suite) or {}).get("hidden"))
+        hidden = (about.get(score.suite) or {}).get("hidden") or score.metric in OF_HARM
+        item["hidden"] = bool(item.get("hidden") or hidden)
         answer = item["answers"].setdefault(score.arm, {"text": None, "outcome": None, "marks": []})
         answer["text"] = score.response if answer["text"] is None else answer["text"]
         answer["outcome"] = answer["outcome"] or score.outcome
