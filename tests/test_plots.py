@@ -186,3 +186,72 @@ def test_colours_can_be_read():
         for i in (0, 1):
             one, other = sorted(luminance(plots.COLOURS[key][i]) for key in (name, "paper"))
             assert (other + 0.05) / (one + 0.05) >= 4.5, name
+
+
+def test_own_limit_is_a_double_line_where_it_lies_and_is_not_drawn_far_away():
+    def limit(**more: object) -> list[float]:
+        root = parse(plots.forest_svg([ROW | {"own": "2 itself, at most 3"} | more]))
+        assert "2 itself, at most 3" in words(root)
+        centre = lines(root, "muted")[0][0][0]
+        return [line[0][0] - centre for line in lines(root, "ink")]
+
+    near = limit(floor_at=0.55)  # half of the longest mark, on the side of worse: a loss
+    assert len(near) == 2
+    width = 960 * (0.645 - 0.315) * 0.47
+    assert sum(near) / 2 == pytest.approx(-width * 0.55 / 1.1, abs=0.1)
+    assert limit(floor_at=-1.0)[0] > 0
+    assert limit(floor_at=50.0) == limit(floor_at=None) == limit() == []
+
+
+def test_noise_is_a_band_around_no_change():
+    def band(noise: float | None) -> list[tuple[float, float]]:
+        root = parse(plots.forest_svg([ROW | {"noise_at": noise}]))
+        centre = lines(root, "muted")[0][0][0]
+        rects = root.iter(f"{NAMESPACE}rect")
+        return [
+            (float(r.attrib["x"]) - centre, float(r.attrib["x"]) + float(r.attrib["width"]) - centre) for r in rects
+        ]
+
+    (left, right), reach = band(0.11)[0], 960 * (0.645 - 0.315) * 0.47
+    assert (-left, right) == (pytest.approx(reach * 0.1, abs=0.2), pytest.approx(reach * 0.1, abs=0.2))
+    assert band(None) == band(0.0) == band(math.nan) == []
+    assert band(1e9)[0][1] <= reach * 1.06
+
+
+def test_slices_of_a_metric_share_one_scale():
+    def end(row: dict[str, object], most: float) -> float:
+        root = parse(plots.interval_svg(row, most))
+        return max(x for line in lines(root, "pass") for x, _ in line) - 110
+
+    wide, narrow = ROW | {"delta": -1.0, "low": -2.0, "high": -0.5}, ROW | {"delta": -0.5, "low": -1.0, "high": -0.25}
+    assert end(wide, 2.0) == pytest.approx(2 * end(narrow, 2.0), abs=0.2)
+    svg = plots.interval_svg(ROW | {"verdict": "INSUFFICIENT", "low": None, "high": None}, 2.0)
+    assert "<style>" not in svg  # the page has the colours once
+    assert parse(svg)[1].text == "−1 [−1.1, −0.9], insufficient"
+
+
+def test_reliability_shows_each_bin_where_it_is_and_says_it():
+    bins = [{"confidence": 0.25, "accuracy": 0.5, "n": 10}, {"confidence": 0.75, "accuracy": 0.25, "n": 40}]
+    svg = plots.reliability_svg(bins, "reliability of tuned")
+    root = parse(svg)
+    right = next(line for line in lines(root, "margin") if line[0] != line[1])  # from (0, 0) to (1, 1)
+    (x0, y0), (x1, y1) = right
+    dots = [line[0] for line in lines(root, "train") if line[0] == line[1]]
+    assert [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in dots] == [
+        (pytest.approx(0.25, abs=0.01), pytest.approx(0.5, abs=0.01)),
+        (pytest.approx(0.75, abs=0.01), pytest.approx(0.25, abs=0.01)),
+    ]
+    sizes = [
+        float(node.attrib["stroke-width"])
+        for node in root.iter(f"{NAMESPACE}polyline")
+        if node.attrib["class"] == "s-train"
+    ]
+    assert sizes[1] < sizes[3]
+    assert root[1].text == "at 25% confidence 50% right of 10; at 75% confidence 25% right of 40"
+
+
+@pytest.mark.parametrize(
+    "bins", [[], [{"confidence": math.nan, "accuracy": 1.0, "n": 3}], [{"confidence": 1.0, "accuracy": 0.0, "n": 1}]]
+)
+def test_reliability_of_any_bins_is_well_formed(bins):
+    parse(plots.reliability_svg(bins, "<none>"))
