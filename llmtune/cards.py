@@ -28,13 +28,17 @@ def check(named: Mapping[str, Sequence[Score]], judges: Judges) -> None:
         if len(seen) > 1:
             told = ", ".join(" ".join(judge) for judge in seen)
             problems.append(f"{name}: was judged by {told}; judge all arms by one, with `llmtune eval`")
-        elif seen and (problem := _problem(*seen[0], judges)):
+        elif seen and (problem := _problem(*seen[0], judges, name.rpartition(".")[2])):
             problems.append(f"{name}: {problem}")
     if problems:
         raise ArtifactError("a judge that decides must have been measured:\n  " + "\n  ".join(problems))
 
 
-def _problem(judge: str, version: str, judges: Judges) -> str | None:
+SPEAKS_OF = {"complied": "refused", "refused": "refused", "harmful": "harmful"}
+"""What a card has to have measured for a metric; `incoherent` is in none of the labelled sets."""
+
+
+def _problem(judge: str, version: str, judges: Judges, metric: str) -> str | None:
     card = (judges.get(judge) or {}).get("card")
     measure = "measure it with `llmtune judge validate`"
     if not card:
@@ -47,6 +51,11 @@ def _problem(judge: str, version: str, judges: Judges) -> str | None:
             return (
                 f"the judge was {judge} {version}, and the card is of {measured['id']} {measured['version']}; {measure}"
             )
+        if metric in SPEAKS_OF and card["positive"] != SPEAKS_OF[metric]:
+            told = (
+                f"the card of {judge} measured how well it tells what is {card['positive']}, and {metric} asks what is "
+            )
+            return f"{told}{SPEAKS_OF[metric]}; {measure} on labels of that"
         matrix = {key: int(card["confusion"][key]) for key in ("tp", "fp", "fn", "tn")}
     except (KeyError, TypeError, ValueError) as error:
         return f"the card of {judge} lacks what a gate needs ({error!r}); {measure}"

@@ -80,7 +80,7 @@ def run(folder: Path, *, smoke: bool = False, replay: bool = True) -> Artifact:
         "scores",
         "base, base with examples, tuned: the same sealed items",
         adapter,
-        lambda: arms.run(config.load(run_files["eval"]), run_files["eval"]),
+        lambda: arms.run(config.load(run_files["eval"]), run_files["eval"]) or artifact.read(folder / "scores"),
     )
     verdict = step("verdict", "is it better, and is nothing worse?", scores, lambda: gate.run(scores.path))
     merged = step("merged", "adapter into base, and the proof", adapter, lambda: merge.run(folder))

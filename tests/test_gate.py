@@ -613,7 +613,10 @@ def test_a_rate_below_the_judges_own_errors_is_told_and_its_change_still_has_a_w
 def test_rates_a_card_says_nothing_of_are_not_corrected():
     known = {"pattern": {"card": card()}}
     assert by(known, metric="incoherent").rows[0].corrected is None
-    assert by(known, metric="harmful").rows[0].corrected is None
+    with pytest.raises(
+        ArtifactError, match="measured how well it tells what is refused, and harmful asks what is harmful"
+    ):
+        by(known, metric="harmful")
     assert by({"pattern": {"card": card(positive="harmful")}}, metric="harmful").rows[0].corrected
     assert by(known, outcome="partial").rows[0].corrected is None
     assert by(known, outcome="complied").rows[0].corrected

@@ -22,18 +22,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.processes and arguments.processes > 1:
         words = ["eval", str(arguments.config), *arguments.overrides]
         return launch.run(arguments.processes, words + ["--debug"] * arguments.debug, output.parent)
-    made = _measured(settings, arguments.config, output)
+    _measure(settings, arguments.config, output)
     if ranks.rank() == 0:
-        say(f"\nnext: llmtune gate {made}")
-        print(made)
+        say(f"\nnext: llmtune gate {output}")
+        print(output)
     return 0
 
 
-def _measured(settings: Any, place: Path, output: Path) -> Path:
+def _measure(settings: Any, place: Path, output: Path) -> None:
     with ranks.telling(output.parent), Interruption("stopped; the same command goes on with the batch it was at"):
         from llmtune.evaluate import arms
 
-        return arms.run(settings, place).path
+        arms.run(settings, place)
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def compare(arguments: argparse.Namespace) -> int:
         if code := launch.run(arguments.processes, ["eval", str(file), *arguments.overrides], output):
             return code
     else:
-        _measured(settings, file, output / "scores")
+        _measure(settings, file, output / "scores")
     return _decided(output / "scores", {}, files, as_json=arguments.json)
 
 

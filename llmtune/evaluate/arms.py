@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,61 @@ from llmtune.training import group
 ITEMS = "items.jsonl"
 
 
-def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of whom: everything that is known before a weight is loaded."""
+
+    settings: EvalConfig
+    place: Path | str
+    base: Subject
+    tuned: Subject
+    suites: list[Suite]
+    arms: list[Arm]
+    trained: Trained
+    memory: Memory
+    output: Path
+
+    @property
+    def parts(self) -> Path:
+        return self.output.parent / f".{self.output.name}-parts"
+
+    def plans(self) -> Iterator[tuple[Arm, Suite, list[Unit]]]:
+        """What each arm is asked of each suite, and in which batches."""
+        for arm in self.arms:
+            for suite in self.suites:
+                if not (arm.examples and not suite.config.few_shot) and not (arm.name == AGAIN and suite.tasks):
+                    yield arm, suite, measure.plan(arm, suite, self.memory)
+
+
+def run(settings: EvalConfig, place: Path | str = "config") -> Artifact | None:
     """Evaluate the arms on every suite and write the scores.
 
     An interrupted evaluation goes on with the batch it was at. Raises ConfigError, DataError or ArtifactError before
     weights are loaded, and LlmtuneError when the tuned arm equals the base on every item: the tune had no effect. Of several
-    processes each does a share of the batches, the first writes, and each returns what is on disk.
+    processes each does a share of the batches; the first judges and writes, and None comes back in the others.
     """
+    asked = prepare(settings, place)
+    plans, encoded = list(asked.plans()), measure.Encoded()
+    for arm, suite, units in plans:
+        measure.encode(arm, suite, units, asked.memory, encoded)
+    for suite in asked.suites:
+        what = f"{len(suite.items)} items" if suite.items else f"lm-eval's {', '.join(suite.tasks)}"
+        say(f"  suite {suite.name}: {what}; licence: {suite.config.licence}")
+    with observations.alone(asked.parts, place):
+        group.join(asked.memory.device)
+        store = Store(asked.parts)
+        group.wait()  # each knows what was done before any of them does more
+        for arm, suite, units in plans:
+            measure.observe(arm, suite, units, asked.memory, store, encoded)
+        group.wait()
+        if ranks.rank() > 0:  # judging may take longer than processes wait for each other
+            return None
+        store = Store(asked.parts, failed=True)
+        return _write(asked, [one for _, _, units in plans for unit in units for one in store[unit.key]])
+
+
+def prepare(settings: EvalConfig, place: Path | str) -> Evaluation:
+    """Everything found and checked. Raises ConfigError, DataError or ArtifactError."""
     view = Recorded(settings)
     assert view.stage == "eval"
     base, tuned = subjects.of_run(Path(view.run), view.tuned) if view.run else _two(view)
@@ -62,21 +112,7 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact:
     device = load.choose_device(view.device)
     memory = Memory([base, tuned], subjects.dtype_of(base, tuned, view.dtype, device), device)
     view.require_all_read(place)
-    parts = output.parent / f".{output.name}-parts"
-    plans, encoded = _plans(arms, suites, memory), measure.Encoded()
-    for arm, suite, units in plans:
-        measure.encode(arm, suite, units, memory, encoded)
-    for suite in suites:
-        asked = f"{len(suite.items)} items" if suite.items else f"lm-eval's {', '.join(suite.tasks)}"
-        say(f"  suite {suite.name}: {asked}; licence: {suite.config.licence}")
-    with observations.alone(parts, place):
-        group.join(device)
-        store = Store(parts)
-        group.wait()  # each knows what was done before any of them does more
-        for arm, suite, units in plans:
-            measure.observe(arm, suite, units, memory, store, encoded)
-        group.wait()
-        return group.from_first(lambda: _finish(settings, place, arms, suites, plans, memory, trained, parts, output))
+    return Evaluation(settings, place, base, tuned, suites, arms, trained, memory, output)
 
 
 def _two(view: Recorded) -> tuple[Subject, Subject]:
@@ -121,46 +157,24 @@ def _check_judges(view: Recorded, suites: list[Suite], place: Path | str) -> Non
         view.preference.whole()
 
 
-def _plans(arms: list[Arm], suites: list[Suite], memory: Memory) -> list[tuple[Arm, Suite, list[Unit]]]:
-    """What each arm is asked of each suite, and in which batches."""
-    return [
-        (arm, suite, measure.plan(arm, suite, memory))
-        for arm in arms
-        for suite in suites
-        if not (arm.examples and not suite.config.few_shot) and not (arm.name == AGAIN and suite.tasks)
-    ]
-
-
-def _finish(
-    settings: EvalConfig,
-    place: Path | str,
-    arms: list[Arm],
-    suites: list[Suite],
-    plans: list[tuple[Arm, Suite, list[Unit]]],
-    memory: Memory,
-    trained: Trained,
-    parts: Path,
-    output: Path,
-) -> Artifact:
-    """What all processes observed -> the scores artifact."""
-    store = Store(parts, failed=True)
-    seen = [one for _, _, units in plans for unit in units for one in store[unit.key]]
-    by_name = {suite.name: suite for suite in suites}
-    items = {(item.suite, item.item_id): item for suite in suites for item in suite.items}
+def _write(asked: Evaluation, seen: list[Observation]) -> Artifact:
+    """What all processes observed, judged -> the scores artifact."""
+    suites = {suite.name: suite for suite in asked.suites}
+    items = {(item.suite, item.item_id): item for suite in asked.suites for item in suite.items}
     for one in seen:
         if one.item is not None and (one.suite, one.item_id) not in items:
             items[one.suite, one.item_id] = Item(one.suite, one.item_id, **one.item)
-    items, left_out = contamination.leave_out(items, trained)
-    who = {name: (suite.config, suite.sha256) for name, suite in by_name.items()}
-    sha256 = {arm.name: arm.subject.sha256 for arm in arms}
-    records, spoken = scoring.score(seen, items, who, sha256, settings.judge, place, settings.preference)
+    items, left_out = contamination.leave_out(items, asked.trained)
+    settings, sha256 = asked.settings, {arm.name: arm.subject.sha256 for arm in asked.arms}
+    who = {name: (suite.config, suite.sha256) for name, suite in suites.items()}
+    records, spoken = scoring.score(seen, items, who, sha256, settings.judge, asked.place, settings.preference)
     noise = scoring.noise_floor(records) if settings.noise_floor else None
     records = [record for record in records if record.arm != AGAIN]
-    _assert_effect(records, arms)
-    beside = _beside(settings, arms, suites, seen, items, records, memory, trained)
-    base, tuned = arms[0].subject, arms[-1].subject
-    parents = [one.made for one in (base, tuned) if one.made]
-    with artifact.writing(output, "scores", parents, replace=True) as draft:
+    _assert_effect(records, asked.tuned)
+    beside = _beside(asked, seen, items, records)
+    parents = [one.made for one in (asked.base, asked.tuned) if one.made]
+    few_shot = next((arm.name for arm in asked.arms if arm.examples), None)
+    with artifact.writing(asked.output, "scores", parents, replace=True) as draft:
         (draft.path / scores.FILE).write_text(scores.dump(records), encoding="utf-8")
         (draft.path / observations.FILE).write_text("".join(one.line() for one in seen), encoding="utf-8")
         scoring.write_items(items.values(), draft.path / ITEMS)
@@ -168,48 +182,43 @@ def _finish(
             (draft.path / name).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
         draft.facts.update(
             config=settings.model_dump(mode="json", exclude_none=True),
-            subject=tuned.parent(),
-            base=base.facts().get("source") or base.facts(),
-            subjects={"base": base.facts(), "tuned": tuned.facts()},
-            dtype=memory.dtype,
+            subject=asked.tuned.parent(),
+            base=asked.base.facts().get("source") or asked.base.facts(),
+            subjects={"base": asked.base.facts(), "tuned": asked.tuned.facts()},
+            dtype=asked.memory.dtype,
             processes=ranks.world_size(),
-            arms={"base": "base", "tuned": "tuned", "few_shot": next((arm.name for arm in arms if arm.examples), None)},
+            arms={"base": "base", "tuned": "tuned", "few_shot": few_shot},
             suites={
                 name: {**suite.config.model_dump(mode="json", exclude_none=True), "sha256": suite.sha256}
-                for name, suite in by_name.items()
+                for name, suite in suites.items()
             },
             judges=spoken,
             noise_floor=noise,
             contamination=left_out,
-            lm_eval=_tables(seen, suites),
-            cost={arm.name: _cost([record for record in records if record.arm == arm.name]) for arm in arms},
+            lm_eval=_tables(seen, asked.suites),
+            cost={arm.name: _cost([record for record in records if record.arm == arm.name]) for arm in asked.arms},
         )
-    failed = [one for one in seen if one.error]
-    if failed:
+    if failed := [one for one in seen if one.error]:
         say(f"  {len(failed)} answers failed ({failed[0].error}); the same command asks for those alone again")
     else:
-        shutil.rmtree(parts)
-    return artifact.read(output)
+        shutil.rmtree(asked.parts)
+    return artifact.read(asked.output)
 
 
 def _beside(
-    settings: EvalConfig,
-    arms: list[Arm],
-    suites: list[Suite],
-    seen: list[Observation],
-    items: dict[tuple[str, str], Item],
-    records: list[Score],
-    memory: Memory,
-    trained: Trained,
+    asked: Evaluation, seen: list[Observation], items: dict[tuple[str, str], Item], records: list[Score]
 ) -> dict[str, dict[str, Any]]:
     """What stands beside the scores and decides nothing, by its file."""
     found = {"calibration.json": calibration.of_observations((one for one in seen if one.arm != AGAIN), items)}
+    settings, memory = asked.settings, asked.memory
     if settings.cost:
-        both = {"base": arms[0].subject, "tuned": arms[-1].subject}
-        ours = [item for suite in suites for item in suite.items]
+        both, ours = (
+            {"base": asked.base, "tuned": asked.tuned},
+            [item for suite in asked.suites for item in suite.items],
+        )
         found["cost.json"] = cost.measure(settings.cost, both, ours, memory, settings.batch_size)
     if settings.shift:
-        found["shift.json"] = shift.measure(settings.shift, items.values(), records, trained, memory.device)
+        found["shift.json"] = shift.measure(settings.shift, items.values(), records, asked.trained, memory.device)
     return {name: figures for name, figures in found.items() if figures}
 
 
@@ -232,10 +241,10 @@ def _cost(records: list[Score]) -> dict[str, float | None]:
     }
 
 
-def _assert_effect(records: list[Score], arms: list[Arm]) -> None:
+def _assert_effect(records: list[Score], tuned: Subject) -> None:
     both: dict[tuple[str, str, str], dict[str, tuple[float | None, str | None]]] = {}
     for record in records:
         both.setdefault((record.suite, record.metric, record.item_id), {})[record.arm] = (record.value, record.response)
     if all(found.get("base") == found.get("tuned") for found in both.values()):
-        what = "the adapter had no effect" if arms[-1].subject.adapter else "they are one model in effect"
+        what = "the adapter had no effect" if tuned.adapter else "they are one model in effect"
         raise LlmtuneError(f"base and tuned agree on all {len(both)} measurements to the last digit: {what}")

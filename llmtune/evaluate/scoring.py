@@ -11,6 +11,7 @@ from typing import Any
 from llmtune.config.eval import SuiteConfig
 from llmtune.config.judges import JudgeConfig
 from llmtune.config.metrics import METRICS, counts
+from llmtune.errors import ConfigError
 from llmtune.evaluate import judges, metrics
 from llmtune.evaluate.judges import Case, Judgement
 from llmtune.evaluate.observations import Observation
@@ -123,7 +124,11 @@ def _judge(
             continue
         answers = [one for one in seen if one.suite == name and one.probe == "answer"]
         judge = judges.load(chosen, place)
-        cards[judge.id] = {"version": judge.version, "card": judges.card(chosen)}
+        card = {"version": judge.version, "card": judges.card(chosen)}
+        if cards.setdefault(judge.id, card) != card:
+            raise ConfigError(
+                place, f"judge.card: two suites give the judge {judge.id} different cards; name one for both"
+            )
         asked = [one for one in answers if one.error is None]
         cases = [
             Case(
