@@ -217,3 +217,14 @@ def test_the_published_sets_that_are_here(name, file, items, clusters):
     suite = load_suite(name, EVALS, {name: str(DATA / file)})
     assert (len(suite.items), len({item.cluster_id for item in suite.items})) == (items, clusters)
     assert not any(item.reference for item in suite.items)
+
+
+def test_the_page_beside_the_items_counts_them():
+    page = (EVALS / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `prompts/(\w+)\.jsonl` \| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
+    assert {name for name, *_ in listed} == PROMPTS.keys()
+    for name, number, fields in listed:
+        made = rows(name)
+        assert int(number) == len(made), name
+        used = set().union(*made)
+        assert set(re.split(r", | or ", fields.strip())) == used, name
