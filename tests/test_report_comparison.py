@@ -393,9 +393,19 @@ def test_a_large_run_shows_flips_first_and_says_what_is_left_out(tmp_path):
     assert len(page.html) < 2_500_000
 
 
-def test_long_answers_are_cut_and_say_so():
-    assert report._cut("x" * items.LONGEST) == "x" * items.LONGEST
-    assert report._cut("x" * (items.LONGEST + 7)).endswith("[7 more characters stand in scores.jsonl]")
+def test_long_texts_are_cut_and_say_so_and_many_make_no_huge_page(tmp_path):
+    assert report._cut("x" * 9, 9) == "x" * 9
+    assert report._cut("x" * 16, 9) == "x" * 9 + "\n[7 more characters stand in scores/]"
+    with artifact.writing(tmp_path / "scores", "scores") as draft:
+        text = "word " * 2_000
+        records = [scores.Score(f"s{i % 6}", "0", "rouge_l", True, str(i), str(i), "0", arm, 0.5, "0", response=text)
+                   for i in range(1_500) for arm in ("base", "tuned")]  # fmt: skip
+        (draft.path / "scores.jsonl").write_text(scores.dump(records), encoding="utf-8")
+        draft.facts |= {"arms": {"base": "base", "tuned": "tuned"}, "suites": {}}
+    report.build(tmp_path)
+    page = read(tmp_path)
+    assert "[8,667 more characters stand in scores/]" in page.text
+    assert 4_000_000 < len(page.html) < 8_000_000
 
 
 def test_headings_tables_labels_and_plots_are_named(page):

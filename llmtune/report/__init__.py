@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import shlex
@@ -54,7 +55,8 @@ def _render(content: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=ChainableUndefined, finalize=wording.visible,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    pages.filters |= {"figure": wording.figure, "metric_name": wording.name, "cut": _cut}
+    pages.filters |= {"figure": wording.figure, "metric_name": wording.name}
+    pages.filters["cut"] = functools.partial(_cut, longest=items.longest(content["suites"]))
     pages.filters["json"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
     pages.filters["compact"] = lambda value: json.dumps(value, ensure_ascii=False)
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -64,10 +66,10 @@ def _render(content: Mapping[str, Any]) -> str:
     )
 
 
-def _cut(text: str) -> str:
-    """A text that is too long for a page, with what is left out counted."""
-    more = len(text) - items.LONGEST
-    return text if more <= 0 else f"{text[: items.LONGEST]}\n[{more:,} more characters stand in scores.jsonl]"
+def _cut(text: str, longest: int) -> str:
+    """A text that is too long for the page, with what is left out counted."""
+    more = len(text) - longest
+    return text if more <= 0 else f"{text[:longest]}\n[{more:,} more characters stand in scores/]"
 
 
 def _content(run: Path, steps: Mapping[str, artifact.Artifact]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from llmtune.scores import Score, why_excluded
 MOST = 1500
 """Items on one page, shared evenly by its suites; flipped ones first."""
 MOST_OF_SUITE = 300
-LONGEST = 6000
-"""Characters of a text on the page; the whole one stands in scores.jsonl."""
+LONGEST, LETTERS = 6_000, 6_000_000
+"""Characters of a text on the page, and of all of them together; the whole ones stand in scores.jsonl."""
 GRADED = {metric for metric in METRICS if UNITS.get(metric, (1,))[0] == 1} | {"repetition", "preferred"}
 WAYS = ("worse", "better", "same", "none")
 OF_HARM = ("complied", "harmful")
@@ -155,6 +155,12 @@ def shown(found: Iterable[Item], groups: Mapping[str, str], about: Mapping[str, 
             "ways": {way: own for way in WAYS if (own := [item for item in kept if _way(item) == way])},
         })  # fmt: skip
     return made
+
+
+def longest(suites: Rows) -> int:
+    """How many characters of each text the page has room for."""
+    texts = sum(1 + len(item["answers"]) for suite in suites for own in suite["ways"].values() for item in own)
+    return min(LONGEST, max(500, LETTERS // max(1, texts)))
 
 
 def tags(found: Iterable[Item]) -> list[str]:
