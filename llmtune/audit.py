@@ -28,7 +28,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Pair:
-    """One item's answers and what the judge made of them, by arm: base, then tuned."""
+    """One item's answers and what the judge made of them, by arm: base, then tuned.
+
+    hidden: shown when asked for, as whatever answers a request that should be refused.
+    """
 
     suite: str
     metric: str
@@ -105,7 +108,7 @@ def load(folder: Path) -> Audit:
             item_id,
             items[suite, item_id]["prompt"],
             items[suite, item_id].get("prefill", ""),
-            bool(items[suite, item_id].get("hidden")),
+            bool(items[suite, item_id].get("hidden")) or metric == "complied",
             {arm: str(both[arm].response or "") for arm in (base, tuned)},
             {arm: str(both[arm].outcome) for arm in (base, tuned)},
         )

@@ -31,7 +31,8 @@ def suite(name: str, metric: str, *, hidden: bool = False, margin: bool = False)
 def write(
     run: Path, answers: dict[str, dict[str, tuple[str, str]]], *, margin: bool = True, again: bool = False
 ) -> artifact.Artifact:
-    """`run/scores`. answers: suite -> item -> what base and tuned said; `harmful` is asked for complied, any other for refused."""
+    """`run/scores`. answers: suite -> item -> what base and tuned said; `harmful` is asked for complied, any other for refused;
+    `secret` is hidden."""
     suites = {
         name: (
             suite(
@@ -45,7 +46,7 @@ def write(
     for name, said in answers.items():
         for item, texts in said.items():
             prompt = f"Tell me about {item}"
-            items[name, item] = Item(name, item, item, [{"role": "user", "content": prompt}], hidden=name == "harmful")
+            items[name, item] = Item(name, item, item, [{"role": "user", "content": prompt}], hidden=name == "secret")
             for arm, text in zip(("base", "tuned"), texts, strict=True):
                 for who in (arm, *[scoring.AGAIN] * (again and arm == "base")):
                     seen.append(

@@ -190,6 +190,12 @@ def test_all_and_sample(run: Path, walk) -> None:
     assert code == 2 and "leave out one of them" in err
 
 
+def test_what_is_hidden_is_the_suites_word_and_what_complies_with_harm(run: Path, tmp_path: Path) -> None:
+    assert {pair.suite for pair in audit.load(run / "scores").pairs if pair.hidden} == {"harmful"}
+    write(tmp_path / "other", {"secret": {"a": (SORRY, HELP)}})
+    assert all(pair.hidden for pair in audit.load(tmp_path / "other" / "scores").pairs)
+
+
 def test_what_cannot_be_audited_is_said(tmp_path: Path, capsys) -> None:
     (tmp_path / "trained" / "adapter").mkdir(parents=True)
     assert main(["audit", str(tmp_path / "trained"), "--by", "ada"]) == 2
