@@ -74,7 +74,7 @@ def nearest(rows: Rows) -> dict[str, Any] | None:
 
 
 def slices(verdict: Mapping[str, Any], groups: Mapping[str, str]) -> Rows:
-    """A gating metric each: its slices in order of their fields, drawn on one scale. The failing ones are counted."""
+    """A gating metric each: its slices in order of their fields, drawn on one scale. What fails comes first."""
     found: dict[tuple[str, str], Rows] = {}
     for row in verdict.get("slices") or []:
         found.setdefault((row["suite"], row["metric"]), []).append(_told(row, groups, {}))
@@ -98,8 +98,6 @@ def slices(verdict: Mapping[str, Any], groups: Mapping[str, str]) -> Rows:
             }
         )
     made.sort(key=lambda one: (-one["counts"]["FAIL"], GROUPS.index(one["group"])))
-    for i, one in enumerate(made):
-        one["open"] = i == 0 or one["counts"]["FAIL"] > 0
     return made
 
 
