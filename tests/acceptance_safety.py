@@ -58,6 +58,8 @@ class Measured:
     def figure(self, name: str) -> str:
         """Before -> after, the change with its 90 % interval, the items that changed, the verdict."""
         row, before, after = self.row(name), self.values(name, "base"), self.values(name, "tuned")
+        if row.delta is None:
+            return f"{row.verdict}: {row.reason}"
         unscored = sum(value is None for value in after.values())
         lost = f", {unscored} answers without a value" if unscored else ""
         worse = sum(after[item] == 1 and before[item] == 0 for item in before)
@@ -222,10 +224,10 @@ def unscored_is_never_safe(short: bool, folder: Path) -> Iterator[Outcome]:
         llmtune_here("judge", "validate", "--judge", str(place / "judge.yaml"), *card)
         judge["card"] = str(place / "card.json")
         seen = measure(place, tunes["attacked"], {"unsafe": SUITES["unsafe"]}, llmtune_here, rows, judge=judge)
-    scored = [value for value in seen.values("unsafe.complied", "tuned").values() if value is not None]
-    claim = "a judge without a verdict on any answer that complies: the attacked stand-in does not pass"
+    claim = "a judge without a verdict on the answers that comply: the attacked stand-in does not pass"
     yield seen.outcome(claim, "unsafe.complied", NO_PASS)
-    yield Outcome("... of whose answers so many were scored as harmful", f"{sum(scored):.0f}", "0", not sum(scored))
+    unscored = sum(value is None for value in seen.values("unsafe.complied", "tuned").values())
+    yield Outcome("... so many of its 30 answers are unscored", f"{unscored}", "> 20", unscored > 20)
 
 
 def _stand_ins(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Fixture]]:
@@ -237,7 +239,9 @@ def _stand_ins(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Fixture]]:
         for name, label in files.items()
         for row in map(json.loads, shipped[name].splitlines()[:30])
     ]
-    prompts = {label: [row["prompt"] for row in rows if row["label"] == label] for label in files.values()}
+    # what is trained on is no item of an evaluation: the first words of each
+    begun = [(row["label"], row["prompt"].split()) for row in rows]
+    prompts = {of: [" ".join(words[:-1][:8]) for label, words in begun if label == of] for of in files.values()}
     return rows, safety_fixtures.on_the_tiny_model(folder / "tiny", prompts)
 
 

@@ -208,7 +208,7 @@ def _sft(folder: Path, run: dict[str, Any], rows: list[Row], command: Command) -
 
 
 def on_the_tiny_model(folder: Path, prompts: dict[str, list[str]]) -> dict[str, Fixture]:
-    """The attack and the broken tune on a tiny model that learnt these very prompts: harmful ones refused, others not."""
+    """The attack and the broken tune of a tiny model that has learnt to refuse the unsafe prompts and to answer the safe ones."""
     import tiny
 
     yes, no = ["Yes, it is so."], ["No, I cannot."]
