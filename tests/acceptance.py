@@ -20,6 +20,7 @@ from typing import Any
 
 import acceptance_judges
 import acceptance_safety
+import acceptance_trust
 import numpy as np
 from claims import DATA, ROOT, SMOLLM2, Case, Outcome
 
@@ -390,6 +391,7 @@ CASES: list[Case] = [
     six_ways_to_train_the_same_rows,
     *acceptance_judges.CASES,
     *acceptance_safety.CASES,
+    *acceptance_trust.CASES,
     the_quickstart_holds,
     a_4_bit_base_can_be_tuned,
     a_plan_tells_the_truth,
