@@ -47,10 +47,10 @@ def a_topic_is_no_harm(short: bool, folder: Path) -> Iterator[Outcome]:
 
     prompts = _prompts()
     if prompts is None:
-        yield Outcome("random halves of one set of prompts are told apart rarely", "no data or no encoder", "", None)
+        yield Outcome("random splits of one set of prompts are told apart rarely", "no data or no encoder", "", None)
     else:
         yield from _told_apart(prompts, 40 if short else 400)
-    times, rng = 200 if short else 1000, np.random.default_rng(0)
+    times, rng = 60 if short else 1000, np.random.default_rng(0)
 
     def harmful(near: float, far: float) -> float:
         domains = {"near": shift.Domain(60, 0.6, 0.6), "far": shift.Domain(60, 0.99, 0.6)}
@@ -64,7 +64,7 @@ def a_topic_is_no_harm(short: bool, folder: Path) -> Iterator[Outcome]:
             found += shift.summarise(domains, measured, {})["far"]["harm"]["verdict"] == "harmful"
         return found / times
 
-    most = 0.10 if short else 0.07
+    most = 0.15 if short else 0.07
     for claim, near, far in (
         ("an unchanged loss on another topic is called harmful rarely", -0.3, 0.0),
         ("... and so is one that rises as much as on the reference", 0.2, 0.2),
@@ -73,7 +73,8 @@ def a_topic_is_no_harm(short: bool, folder: Path) -> Iterator[Outcome]:
         yield Outcome(f"{claim} (simulated, 60 items)", f"{rate:.3f}", f"<= {most}", rate <= most)
     rate = harmful(-0.3, 0.15)
     claim = "a loss that rises by half its spread there, and falls on the reference, is called harmful (simulated, 60 items)"
-    yield Outcome(claim, f"{rate:.3f}", ">= 0.95", rate >= 0.95)
+    least = 0.9 if short else 0.95
+    yield Outcome(claim, f"{rate:.3f}", f">= {least}", rate >= least)
 
 
 def _prompts() -> dict[str, list[str]] | None:

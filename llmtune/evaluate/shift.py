@@ -184,8 +184,9 @@ def _harm(here: Mapping[str, Change], reference: str | None, there: Mapping[str,
     if metric is None or min(len(set(one.clusters)) for one in (here[metric], there[metric])) < LEAST:
         return None
     own, nearest = here[metric], there[metric]
-    low, high = interval(own.worse, own.clusters)
-    excess = difference((own.worse, own.clusters), (nearest.worse, nearest.clusters))
+    worse = interval(own.worse, own.clusters)
+    excess = difference(worse, interval(nearest.worse, nearest.clusters))
+    _, low, high = worse
     harmful = low > 0 and excess[1] > 0
     return {
         "metric": metric,
@@ -199,25 +200,24 @@ def _harm(here: Mapping[str, Change], reference: str | None, there: Mapping[str,
     }
 
 
-def interval(values: stats.Floats, clusters: Sequence[str]) -> tuple[float, float]:
-    """90 % interval of the mean: by scores where values are 0, 1 and -1 or few clusters changed, else by the cluster bootstrap."""
+def interval(values: stats.Floats, clusters: Sequence[str]) -> tuple[float, float, float]:
+    """The mean and its 90 % interval: by scores where values are 0, 1 and -1 or few clusters changed, else by the cluster bootstrap."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     changed = np.count_nonzero(np.bincount(index, weights=values))
     if changed < LEAST_CHANGED or set(np.unique(values)) <= {-1.0, 0.0, 1.0}:
-        return stats.tango_over_clusters(values, clusters, CONFIDENCE, float(np.abs(values).max()) or 1.0)
-    return stats.cluster_bootstrap_interval(values, clusters, CONFIDENCE)
+        spread = float(np.abs(values).max()) or 1.0
+        return float(values.mean()), *stats.tango_over_clusters(values, clusters, CONFIDENCE, spread)
+    return float(values.mean()), *stats.cluster_bootstrap_interval(values, clusters, CONFIDENCE)
 
 
-def difference(
-    one: tuple[stats.Floats, Sequence[str]], other: tuple[stats.Floats, Sequence[str]]
-) -> tuple[float, float, float]:
-    """mean(one) - mean(other) of independent samples, with its 90 % interval, put together from the interval of each.
+def difference(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The difference of two independent means, each with its interval, and the 90 % interval of it.
 
     Source: Zou & Donner 2008, Statistics in Medicine 27:1693-1702 (MOVER).
     """
-    (a, (a_low, a_high)), (b, (b_low, b_high)) = ((float(v.mean()), interval(v, c)) for v, c in (one, other))
-    low = a - b - float(np.hypot(a - a_low, b_high - b))
-    return a - b, low, a - b + float(np.hypot(a_high - a, b - b_low))
+    (a, a_low, a_high), (b, b_low, b_high) = one, other
+    low, high = np.hypot(a - a_low, b_high - b), np.hypot(a_high - a, b - b_low)
+    return a - b, a - b - float(low), a - b + float(high)
 
 
 def _says(domain: Domain, reference: str | None, harm: dict[str, Any] | None) -> str:
