@@ -50,7 +50,7 @@ def a_topic_is_no_harm(short: bool, folder: Path) -> Iterator[Outcome]:
         yield Outcome("random splits of one set of prompts are told apart rarely", "no data or no encoder", "", None)
     else:
         yield from _told_apart(prompts, 40 if short else 400)
-    times, rng = 60 if short else 1000, np.random.default_rng(0)
+    times, rng = 60 if short else 3000, np.random.default_rng(0)
 
     def harmful(near: float, far: float) -> float:
         domains = {"near": shift.Domain(60, 0.6, 0.6), "far": shift.Domain(60, 0.99, 0.6)}
