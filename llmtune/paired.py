@@ -18,7 +18,7 @@ TANGO, TANGO_CLUSTERED, BOOTSTRAP = "Tango score", "Tango score over clusters", 
 WILSON = "Wilson score"
 CONFIDENCE = 0.90  # each end of a 90 % interval is a one-sided 95 % bound
 LEAST_CLUSTERS = 20
-LEAST_CHANGED = 10  # clusters; with fewer a bootstrap sees no tail: up to 33 % false PASS at 20 clusters, not 5 %
+LEAST_CHANGED = 10  # clusters, as they weigh; with fewer no tail is seen: up to 33 % false PASS at 20 clusters, not 5 %
 MOST_INCOHERENT = 0.10  # share of an arm's answers
 NO_VALUE = "(none)"
 
@@ -108,14 +108,17 @@ def measure(pairs: Pairs, versus: str, rule: Rule) -> Row:
     lowest, spread = (0.0, 1.0) if binary else (min(ends), (max(ends) - min(ends)) or 1.0)
     low, high, method = interval(worse, clusters, binary, spread)
     low, high = (0 - high, 0 - low) if higher else (low, high)
-    chance = None if reason else p_value(worse * started, clusters, method)
+    chance = None if reason else p_value(worse * started, clusters, binary)
     row = replace(row, low=low, high=high, method=method, reason=reason, p_value=chance)
     if row.margin is None:
         seen = "lower than" if high < 0 else "higher than" if low > 0 else "not told apart from"
         return replace(row, reason=reason or f"{seen} {versus}; decides nothing")
     net, sizes = stats.sums_by_cluster(worse, clusters)
     variance = float(((net - (0 if binary else worse.mean()) * sizes) ** 2).sum() / len(worse))
-    together = variance / float(abs(worse).mean()) if method == TANGO_CLUSTERED else row.n / row.clusters
+    together = row.n / row.clusters
+    if method == TANGO_CLUSTERED:
+        together = stats.design_effect(worse, clusters, CONFIDENCE)
+        variance = together * float((worse**2).mean())
     needed = _items_needed(row, float(worse.mean()), variance, together, 0.0 if method == BOOTSTRAP else spread)
     row = replace(row, floor_effect=_floor_effect(row, base[started]) if binary else None, items_needed=needed)
     floors = [_floor(tuned, clusters, kind, limit, lowest, spread) for kind, limit in rule.items() if kind in FLOORS]
@@ -132,12 +135,31 @@ def interval(
     worse: stats.Floats, clusters: Sequence[str], binary: bool, spread: float = 1.0
 ) -> tuple[float, float, str]:
     """Low and high of the mean of `worse`, differences of values that span `spread`, and by which method."""
-    net = stats.sums_by_cluster(worse, clusters)[0]
-    if (binary and len(net) == len(worse)) or np.count_nonzero(net) < LEAST_CHANGED:
-        return *_tango(worse, clusters, spread), TANGO
-    if binary:
+    single = len(set(clusters)) == len(worse)
+    if binary and not single:
         return *stats.tango_by_design(worse, clusters, CONFIDENCE), TANGO_CLUSTERED
-    return *stats.cluster_bootstrap_interval(worse, clusters, CONFIDENCE), BOOTSTRAP
+    if binary or _changed(worse, clusters) < LEAST_CHANGED:
+        return *_tango(worse, clusters, spread), TANGO
+    return *_bootstrap(worse, clusters), BOOTSTRAP
+
+
+def p_value(shown: stats.Floats, clusters: Sequence[str], binary: bool) -> float:
+    """One-sided, that the mean of `shown` is above 0."""
+    single = len(set(clusters)) == len(shown)
+    if (binary and single) or _changed(shown, clusters) < LEAST_CHANGED:
+        seen = stats.sums_by_cluster(shown, clusters)[0]
+        return stats.mcnemar_midp(int(np.count_nonzero(seen > 0)), int(np.count_nonzero(seen < 0)))
+    return (stats.mcnemar_clustered if binary else stats.cluster_bootstrap_p)(shown, clusters)
+
+
+def _changed(worse: stats.Floats, clusters: Sequence[str]) -> float:
+    """The number of clusters that changed, as they weigh: one large change among small ones is one."""
+    net = stats.sums_by_cluster(worse, clusters)[0]
+    return float(abs(net).sum() ** 2 / (net**2).sum()) if net.any() else 0.0
+
+
+def _bootstrap(values: stats.Floats, clusters: Sequence[str]) -> tuple[float, float]:
+    return stats.cluster_bootstrap_interval(values, clusters, stats.widened(CONFIDENCE, len(set(clusters))))
 
 
 def _tango(worse: stats.Floats, clusters: Sequence[str], spread: float) -> tuple[float, float]:
@@ -157,16 +179,6 @@ def _tango(worse: stats.Floats, clusters: Sequence[str], spread: float) -> tuple
     return min(low, least), max(high, most)
 
 
-def p_value(shown: stats.Floats, clusters: Sequence[str], method: str) -> float:
-    """One-sided, that the mean of `shown` is above 0; for an interval by that method."""
-    if method == BOOTSTRAP:
-        return stats.cluster_bootstrap_p(shown, clusters)
-    if method == TANGO_CLUSTERED:
-        return stats.mcnemar_clustered(shown, clusters)
-    seen = stats.sums_by_cluster(shown, clusters)[0]
-    return stats.mcnemar_midp(int(np.count_nonzero(seen > 0)), int(np.count_nonzero(seen < 0)))
-
-
 def _floor(tuned: stats.Floats, clusters: list[str], kind: str, limit: float, lowest: float, spread: float) -> Floor:
     """The tuned arm's own mean against its limit, by a score interval where few clusters differ, else by the bootstrap."""
     net, sizes = stats.sums_by_cluster(tuned, clusters)
@@ -179,7 +191,7 @@ def _floor(tuned: stats.Floats, clusters: list[str], kind: str, limit: float, lo
         method, share = WILSON, min(1.0, max(0.0, (limit - lowest) / spread))
         at_limit = share * (1 - share) * spread**2
     else:
-        low, high = stats.cluster_bootstrap_interval(tuned, clusters, CONFIDENCE)
+        low, high = _bootstrap(tuned, clusters)
         method = BOOTSTRAP
     inside, beyond = (high <= limit, low > limit) if kind == "at_most" else (low >= limit, high < limit)
     distance, needed = (limit - mean) if kind == "at_most" else (mean - limit), None

@@ -378,7 +378,7 @@ def test_a_floor_of_graded_or_clustered_values_is_bounded_by_the_bootstrap():
     records = both(base.tolist(), base.tolist(), metric="loss", clusters=clusters)
     _, row = one(records, {"margin": 0.1, "at_most": 2.5})
     assert (row.floor.method, row.floor.verdict) == ("cluster bootstrap (BCa)", "PASS")
-    assert (row.floor.low, row.floor.high) == stats.cluster_bootstrap_interval(base, clusters, 0.90)
+    assert (row.floor.low, row.floor.high) == stats.cluster_bootstrap_interval(base, clusters, stats.widened(0.90, 24))
     values = np.repeat([1.0] * 4 + [0.0] * 36, 5).tolist()  # 4 of 40 sources: a bootstrap would see too little
     clusters = np.repeat([f"source-{i:02}" for i in range(40)], 5).tolist()
     _, row = one(both(values, values, clusters=clusters), {"margin": 0.2, "at_most": 0.2})
@@ -670,13 +670,12 @@ def test_few_changed_clusters_are_not_left_to_the_bootstrap():
     clusters = np.repeat([f"source-{i:02}" for i in range(25)], 4).tolist()
     values = np.zeros(100)
     _, row = one(both(values.tolist(), values.tolist(), clusters=clusters), {"margin": 0.05})
-    assert (row.verdict, row.high) == ("INCONCLUSIVE", pytest.approx(stats.tango_interval(0, 0, 25, 0.90)[1]))
+    assert (row.verdict, row.method) == ("INCONCLUSIVE", "Tango score over clusters")
+    assert stats.tango_interval(0, 0, 25, 0.90)[1] < row.high < 0.11
     worse = values.copy()
     worse[:8] = 1
     _, row = one(both(values.tolist(), worse.tolist(), clusters=clusters), {"margin": 0.25})
-    assert (row.low, row.high) == pytest.approx(
-        (stats.tango_interval(2, 0, 25, 0.90)[0], stats.clopper_pearson(2, 25, 0.90)[1])
-    )
+    assert row.high > stats.tango_interval(2, 0, 25, 0.90)[1]
     assert row.p_value == stats.mcnemar_midp(2, 0)
 
 
@@ -698,7 +697,7 @@ def test_graded_values_use_the_bootstrap_over_clusters():
     clusters = [f"module-{i % 24:02}" for i in range(120)]
     _, row = one(both(base.tolist(), tuned.tolist(), metric="loss", clusters=clusters), {"improves_by": 0.05})
     assert (row.verdict, row.method, row.clusters) == ("PASS", "cluster bootstrap (BCa)", 24)
-    low, high = stats.cluster_bootstrap_interval(base - tuned, clusters, 0.90)
+    low, high = stats.cluster_bootstrap_interval(base - tuned, clusters, stats.widened(0.90, 24))
     assert (row.low, row.high) == pytest.approx((-high, -low))
     _, row = one(both(tuned.tolist(), base.tolist(), metric="loss", clusters=clusters), {"margin": 0.05})
     assert (row.verdict, row.p_value) == ("FAIL", pytest.approx(stats.cluster_bootstrap_p(base - tuned, clusters)))

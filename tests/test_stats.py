@@ -139,12 +139,27 @@ def test_by_design_over_singletons_it_is_tango():
     assert stats.tango_by_design(values, singletons(57), 0.90) == stats.tango_interval(12, 5, 57, 0.90)
 
 
+def few(clusters):
+    """What Student's quantile adds to the variance."""
+    return (scipy.stats.t.ppf(0.95, clusters - 1) / scipy.stats.norm.ppf(0.95)) ** 2
+
+
 def test_items_that_change_together_are_as_many_as_their_clusters():
     """The design effect of m equal items a cluster is m, but for the lost degree of freedom."""
-    values = np.repeat([1] * 12 + [-1] * 5 + [0] * 43, 5)
-    effect = 5 * (60 / 59) / (300 / 300)
+    values, labels = np.repeat([1] * 12 + [-1] * 5 + [0] * 43, 5), np.repeat(singletons(60), 5).tolist()
+    seen = 5 * 60 / 59
+    effect = stats.design_effect(values, labels, 0.90)
+    assert effect == pytest.approx(few(60) * seen, rel=1e-3)
     expected = stats.tango_interval(60 / effect, 25 / effect, 300 / effect, 0.90)
-    assert stats.tango_by_design(values, np.repeat(singletons(60), 5).tolist(), 0.90) == pytest.approx(expected)
+    assert stats.tango_by_design(values, labels, 0.90) == pytest.approx(expected)
+
+
+def test_where_nothing_changed_clusters_are_taken_to_change_whole():
+    labels = np.repeat(singletons(25), 4).tolist()
+    assert stats.design_effect(np.zeros(100), labels, 0.90) == pytest.approx(4 * few(25), rel=1e-3)
+    one = np.zeros(100)
+    one[0] = 1  # a single change says little of how clusters vary
+    assert 2 < stats.design_effect(one, labels, 0.90) < 4
 
 
 def test_the_design_effect_is_that_of_an_analysis_of_variance():
@@ -158,16 +173,32 @@ def test_the_design_effect_is_that_of_an_analysis_of_variance():
     mean, n = values.mean(), len(values)
     residual = [values[labels == label].sum() - mean * (labels == label).sum() for label in singletons(40)]
     clustered = 40 / 39 * sum(r**2 for r in residual) / n**2
-    effect = clustered / (np.var(values) / n)
-    assert effect > 1.1
+    sums = np.array([values[labels == label].sum() for label in singletons(40)])
+    changed, whole = abs(sums).sum() ** 2 / (sums**2).sum(), (sizes**2).sum() / n
+    seen = clustered / (np.var(values) / n)
+    assert 1.1 < seen < whole
+    effect = few(n / whole) * (seen * changed + whole * stats.WHOLE) / (changed + stats.WHOLE)
+    assert stats.design_effect(values, labels.tolist(), 0.90) == pytest.approx(effect, rel=1e-3)
     expected = stats.tango_interval((values > 0).sum() / effect, (values < 0).sum() / effect, n / effect, 0.90)
-    assert stats.tango_by_design(values, labels.tolist(), 0.90) == pytest.approx(expected)
+    assert stats.tango_by_design(values, labels.tolist(), 0.90) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+@pytest.mark.parametrize("degrees", [9, 19, 47.3, 500])
+def test_students_quantile_against_scipy(confidence, degrees):
+    expected = scipy.stats.t.ppf((1 + confidence) / 2, degrees)
+    assert stats.student(confidence, degrees) == pytest.approx(expected, abs=1e-3)
+    z = scipy.stats.norm.ppf((1 + stats.widened(confidence, round(degrees) + 1)) / 2)
+    count = round(degrees) + 1
+    assert z == pytest.approx(
+        scipy.stats.t.ppf((1 + confidence) / 2, count - 1) * (count / (count - 1)) ** 0.5, abs=1e-3
+    )
 
 
 def test_clusters_that_vary_less_than_chance_gain_nothing():
     values = [1, -1] * 30  # every pair of items cancels
     labels = [f"pair-{i // 2}" for i in range(60)]
-    assert stats.tango_by_design(values, labels, 0.90) == stats.tango_interval(30, 30, 60, 0.90)
+    assert stats.tango_by_design(values, labels, 0.90)[1] > stats.tango_interval(30, 30, 60, 0.90)[1]
     with pytest.raises(ValueError, match="two clusters"):
         stats.tango_by_design([1, 0], ["one", "one"], 0.90)
 
