@@ -138,6 +138,13 @@ def test_files_for_a_ci_are_written_beside_the_verdict(scores_dir, tmp_path, cap
     assert capsys.readouterr().out.startswith("INCONCLUSIVE: ")
 
 
+def test_after_a_refusal_no_file_of_an_earlier_call_is_left(tmp_path, capsys):
+    junit = tmp_path / "gate.xml"
+    junit.write_text("all green")
+    assert cli.main(["gate", str(tmp_path / "no-run"), "--junit", str(junit)]) == 2
+    assert not junit.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -48,8 +48,10 @@ def compare(arguments: argparse.Namespace) -> int:
     text = "# llmtune compare: what was compared, to run again with 'llmtune eval'\n"
     artifact.write_atomically(file, text + yaml.safe_dump(raw, sort_keys=False))
     settings = config.load(file, arguments.overrides, "eval")
+    whole = settings.model_dump(mode="json", exclude_unset=True)  # with what the command line said
+    artifact.write_atomically(file, text + yaml.safe_dump(whole, sort_keys=False))
     if arguments.processes and arguments.processes > 1:
-        if code := launch.run(arguments.processes, ["eval", str(file), *arguments.overrides], output):
+        if code := launch.run(arguments.processes, ["eval", str(file)], output):
             return code
     else:
         _measure(settings, file, output / "scores")
@@ -57,8 +59,9 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def gate(arguments: argparse.Namespace) -> int:
+    files = _files(arguments)
     folder = artifact.scores_folder(arguments.scores)
-    return _decided(folder, _margins(arguments.margin), _files(arguments), as_json=arguments.json)
+    return _decided(folder, _margins(arguments.margin), files, as_json=arguments.json)
 
 
 def _decided(folder: Path, margins: dict[str, float], files: dict[str, Path], *, as_json: bool) -> int:
@@ -85,7 +88,10 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _files(arguments: argparse.Namespace) -> dict[str, Path]:
-    """What else is to be written. Refuses, before anything is measured, what could not be or would spoil a finished step."""
+    """What else is to be written. Refuses, before anything is measured, what could not be or would spoil a finished step.
+
+    A file of an earlier call is removed: after a refusal it would speak for a run that it never saw.
+    """
     files = {name: file for name in ("junit", "markdown") if (file := getattr(arguments, name))}
     for name, file in files.items():
         if file.is_dir() or not file.parent.is_dir():
@@ -93,6 +99,8 @@ def _files(arguments: argparse.Namespace) -> dict[str, Path]:
             raise ConfigError(f"--{name}", f"{file}: {why}")
         if spoiled := next((folder for folder in file.resolve().parents if artifact.complete(folder)), None):
             raise ConfigError(f"--{name}", f"{file}: would change the finished step {spoiled}; write it elsewhere")
+    for file in files.values():
+        file.unlink(missing_ok=True)
     return files
 
 

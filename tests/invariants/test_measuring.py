@@ -144,6 +144,8 @@ def test_two_models_of_any_kind_are_compared(folder: Path, tiny_folder: Path, tm
     mine = {(s.arm, s.metric, s.item_id): s.value for s in scores.read(tmp_path / "c" / "scores" / scores.FILE)}
     theirs = {(s.arm, s.metric, s.item_id): s.value for s in scores.read(evaluate(folder).path / scores.FILE)}
     assert mine == theirs
+    again = config.load(tmp_path / "c" / "compare.yaml", stage="eval")
+    assert (again.dtype, again.batch_size, again.tuned) == ("float32", 5, str(folder / "run" / "adapter"))
     with pytest.raises(ConfigError, match="there is nothing to compare"):
         evaluate(folder, run=None, base=str(tiny_folder), tuned=str(tiny_folder), output_dir="./x")
 
