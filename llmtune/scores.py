@@ -20,7 +20,7 @@ class Score:
 
     value: the metric in its own unit (nats per token, a rate's 0 or 1, tokens); None when it could not be scored, which is
     never counted as good. cluster_id: items that share a source vary together and are resampled together.
-    prompt_sha256: hash of the exact text the model was given, so that a paired comparison can refuse unlike prompts.
+    prompt_sha256: hash of what the model was asked, before its chat template wrote it, so that unlike questions are not compared.
     outcome: refused, partial, complied, incoherent or unscored, where a judge spoke. excluded: why the item may not count, such
     as that it stands in the training rows; it is shown and decides nothing. slices: field -> value, to report by.
     """

@@ -14,8 +14,10 @@ import yaml
 
 from llmtune import artifact, config, gate, scores
 from llmtune.cli import main
+from llmtune.config.eval import SuiteConfig
 from llmtune.errors import ConfigError, UserError
 from llmtune.evaluate import arms, endpoint, subjects
+from llmtune.evaluate.observations import Observation, Store
 
 ITEMS = 24
 SUITE = {
@@ -141,6 +143,36 @@ def test_what_failed_is_unscored_and_asked_for_again_alone(server: Server, folde
     assert not (folder / "out" / ".scores-parts").exists()
 
 
+def test_what_failed_in_any_process_is_forgotten_once_it_was_answered(tmp_path: Path, monkeypatch) -> None:
+    def seen(error: str | None) -> list[Observation]:
+        return [Observation("base", "s", "i", "answer", "0", text=None if error else "yes", error=error)]
+
+    for rank, error in (("1", "timed out"), ("0", None)):  # the file of process 1 is read last
+        monkeypatch.setenv("RANK", rank)
+        Store(tmp_path).put("unit", seen(error))
+    assert "unit" in Store(tmp_path)
+    assert Store(tmp_path, failed=True)["unit"] == seen(None)
+
+
+def test_models_exchanged_after_an_interruption_keep_their_answers_apart(server: Server, folder: Path) -> None:
+    server.broken = {"How is it with number 3"}
+    blunt, polite = f"{server.url}#blunt", f"{server.url}#polite"
+    evaluate(folder, blunt, polite)
+    server.broken.clear()
+    made = evaluate(folder, polite, blunt)
+    refusals = [s.arm for s in scores.read(made.path / scores.FILE) if s.metric == "refused" and s.value]
+    assert refusals == ["base"] * 6
+
+
+def test_requests_that_a_server_rejects_cost_no_other(server: Server, folder: Path) -> None:
+    server.broken = {
+        f"How is it with number {n}" for n in range(10)
+    }  # in a row, and more than a server that is down gets
+    made = evaluate(folder, f"{server.url}#blunt", f"{server.url}#polite", batch_size=1)
+    scored = [s for s in scores.read(made.path / scores.FILE) if s.metric == "refused" and s.value is not None]
+    assert len(scored) == 2 * (ITEMS - 10)
+
+
 def test_a_server_that_is_down_ends_the_command_at_once_and_loses_nothing(
     server: Server, folder: Path, monkeypatch
 ) -> None:
@@ -155,7 +187,7 @@ def test_a_server_that_is_down_ends_the_command_at_once_and_loses_nothing(
 
 def test_a_judge_of_preference_is_asked_in_both_orders(server: Server, folder: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("LLMTUNE_CACHE", str(folder / "cache"))
-    suite = {**SUITE, "metrics": ["preferred", "answer_tokens"], "gate": {"preferred": {"margin": 0.2}}}
+    suite = {**SUITE, "metrics": ["preferred", "answer_tokens"], "gate": {"answer_tokens": {"margin": 5}}}
     (folder / "asked.yaml").write_text(yaml.safe_dump(suite))
     judge = {"kind": "endpoint", "model": "judge", "base_url": server.url}
     made = evaluate(folder, f"{server.url}#blunt", f"{server.url}#polite", preference=judge)
@@ -166,6 +198,9 @@ def test_a_judge_of_preference_is_asked_in_both_orders(server: Server, folder: P
     assert "in 3 of 6 pairs the place decided" in capsys.readouterr().err
     row = next(r for r in gate.read(gate.run(made.path, folder / "verdict")).rows if r.metric == "preferred")
     assert row.delta == pytest.approx(2 * 3 * 0.5 / ITEMS)
+    assert row.verdict is None, "no card says how often such a judge is right"
+    with pytest.raises(ConfigError, match="a judge of preference has no card"):
+        config.validate(SuiteConfig, {**suite, "gate": {"preferred": {"margin": 0.2}}}, folder / "asked.yaml")
 
 
 @pytest.mark.parametrize(

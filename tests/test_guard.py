@@ -85,9 +85,8 @@ def test_garbage_from_a_random_model_is_unscored(untied, family):
 def test_a_card_names_the_weights(untied, tmp_path):
     ids = {family: guard_at(untied, family) for family in ("llama_guard", "wildguard")}
     assert ids["wildguard"].id == "guard/untied" and ids["wildguard"].version.startswith("1-")
-    assert (
-        ids["llama_guard"].version == f"1+3-{ids['wildguard'].version[2:]}"
-    )  # refusals are the pattern's, at its version
+    # refusals are the pattern's, at its version; and what is read how is part of what was measured
+    assert ids["llama_guard"].version == ids["wildguard"].version.replace("1-wildguard-", "1+3-llama_guard-")
     other = tiny.save(tmp_path / "untied", seed=1)
     assert guard_at(other, "wildguard").version != ids["wildguard"].version
 

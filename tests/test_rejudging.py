@@ -89,7 +89,7 @@ def test_a_judge_that_fails_on_one_answer_leaves_that_one_unscored(
     [
         (["--judge", "opners", "--output", "new"], "did you mean 'openers'"),
         (["--judge", "refusal_pattern", "--output", "run/scores/new"], "lies in the scores themselves"),
-        (["--judge", "openers", "--output", "new"], "no answer here has its 'refusal_margin'"),
+        (["--judge", "openers", "--output", "new"], "goes by 'refusal_margin', which is not among"),
     ],
 )
 def test_what_cannot_be_judged_again_is_said(tmp_path: Path, capsys, monkeypatch, words, message) -> None:

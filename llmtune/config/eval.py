@@ -95,6 +95,10 @@ class SuiteConfig(Section):
                 raise ValueError("judge: none of the metrics asks a judge")
             if unknown := set(self.gate) - set(self.metrics):
                 raise ValueError(f"gate.{min(unknown)}: is not among this suite's metrics")
+            if "preferred" in self.gate:
+                raise ValueError(
+                    "gate.preferred: a judge of preference has no card, and decides nothing; it is reported"
+                )
         return self
 
 

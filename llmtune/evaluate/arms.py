@@ -58,7 +58,7 @@ class Evaluation:
         """What each arm is asked of each suite, and in which batches."""
         for arm in self.arms:
             for suite in self.suites:
-                if not (arm.examples and not suite.config.few_shot) and not (arm.name == AGAIN and suite.tasks):
+                if not (arm.examples and not suite.config.few_shot):
                     yield arm, suite, measure.plan(arm, suite, self.memory)
 
 
@@ -85,6 +85,7 @@ def run(settings: EvalConfig, place: Path | str = "config") -> Artifact | None:
         group.wait()
         if ranks.rank() > 0:  # judging may take longer than processes wait for each other
             return None
+        asked.memory.release()  # a judge may need the room
         store = Store(asked.parts, failed=True)
         return _write(asked, [one for _, _, units in plans for unit in units for one in store[unit.key]])
 
@@ -121,7 +122,7 @@ def _two(view: Recorded) -> tuple[Subject, Subject]:
 
 def _arms(view: Recorded, suites: list[Suite], base: Subject, tuned: Subject, place: Path | str) -> list[Arm]:
     size = view.batch_size
-    again = [Arm(AGAIN, base, max(1, size // 2))] if view.noise_floor else []
+    again = [Arm(AGAIN, base, size // 2 or 2, again=True)] if view.noise_floor else []
     return [Arm("base", base, size), *again, *_few_shot(view, suites, base, place), Arm("tuned", tuned, size)]
 
 
@@ -242,9 +243,14 @@ def _cost(records: list[Score]) -> dict[str, float | None]:
 
 
 def _assert_effect(records: list[Score], tuned: Subject) -> None:
+    """Raises LlmtuneError when an adapter changes nothing; of two models that agree, which may be, it is said."""
     both: dict[tuple[str, str, str], dict[str, tuple[float | None, str | None]]] = {}
     for record in records:
-        both.setdefault((record.suite, record.metric, record.item_id), {})[record.arm] = (record.value, record.response)
-    if all(found.get("base") == found.get("tuned") for found in both.values()):
-        what = "the adapter had no effect" if tuned.adapter else "they are one model in effect"
-        raise LlmtuneError(f"base and tuned agree on all {len(both)} measurements to the last digit: {what}")
+        if record.value is not None or record.response is not None:
+            key = record.suite, record.metric, record.item_id
+            both.setdefault(key, {})[record.arm] = (record.value, record.response)
+    if both and all(found.get("base") == found.get("tuned") for found in both.values()):
+        told = f"base and tuned agree on all {len(both)} measurements to the last digit"
+        if tuned.adapter:
+            raise LlmtuneError(f"{told}: the adapter had no effect")
+        say(f"  note: {told}: on these items they are one model")

@@ -24,7 +24,6 @@ FOLDS = 5
 LEAST_CLUSTERS = 20  # below it a bootstrap over clusters is too narrow, and no temperature is fitted
 HOTTEST = 20.0  # temperatures are sought between 1 / HOTTEST and HOTTEST
 CONFIDENCE = 0.90  # two-sided: its low end is a one-sided 95 % bound
-LOWEST = 1e-12  # a probability of zero would make one item's NLL infinite
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ def brier(given: Answers, temperature: float = 1.0) -> Floats:
 
 def nll(given: Answers, temperature: float = 1.0) -> Floats:
     """Per item, in nats: minus the log of the right choice's probability among the choices."""
-    on_right = probabilities(given, temperature)[np.arange(len(given.right)), given.right]
-    return np.asarray(-np.log(np.maximum(on_right, LOWEST)))
+    shifted = (given.logprobs - given.logprobs.max(axis=1, keepdims=True)) / temperature
+    return np.asarray(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(given.right)), given.right])
 
 
 def reliability(confidence: Floats, correct: npt.NDArray[Any], bins: int = BINS) -> list[dict[str, float]]:

@@ -100,8 +100,9 @@ class Endpoint:
                     raise self._failed(f"{failure}, at try {attempt + 1}") from None
                 self._stopped.wait(failure.after_s if failure.after_s is not None else wait)
                 wait = min(2 * wait, LONGEST_WAIT_S)
-            except _Useless as failure:
-                raise self._failed(str(failure)) from None
+            except _Useless as failure:  # an answer, if a useless one: the server is there
+                self._failures = 0
+                raise EndpointError(f"{self.url} {failure}") from None
             else:
                 self._failures = 0
                 return reply

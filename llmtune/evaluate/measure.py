@@ -21,6 +21,8 @@ from llmtune.progress import Progress, say
 
 UNIT = 64
 """Items a unit where no batch size is asked for: losses are batched by their tokens."""
+BATCHED = ("answer", "loss", "text")
+"""Probes whose items are computed together; an item's choices and openers are computed alone, whatever the batch size."""
 Turns = list[dict[str, Any]]
 
 
@@ -32,6 +34,8 @@ class Arm:
     subject: Subject
     batch_size: int
     examples: Turns = field(default_factory=list)
+    again: bool = False
+    """Measured a second time in other batches, to see what that alone changes."""
 
     def turns(self, item: Item) -> Turns:
         system = item.turns[:1] if item.turns and item.turns[0]["role"] == "system" else []
@@ -52,20 +56,25 @@ def plan(arm: Arm, suite: Suite, memory: Memory) -> list[Unit]:
     """The units of an arm on a suite, the same in every process and after every interruption."""
     subject = arm.subject
     words = subject.source.words_sha256 if subject.source else ""
-    rest = [words, memory.dtype, memory.device, artifact.versions(), arm.batch_size, arm.examples]
+    rest = [words, subject.source and subject.source.quantize, memory.dtype, memory.device, artifact.versions()]
     made = []
     for probe in probes(suite):
+        if arm.again and probe not in BATCHED:
+            continue
         shares: list[tuple[list[int], str]] = []
         if probe == "lm_eval":  # few-shot examples are drawn in order, so that a task is one piece
             shares = [([], name) for name in suite.tasks]
         else:
             asked = suite.drawn() if probe == "answer" else list(range(len(suite.items)))
-            size = 1 if subject.kind == "endpoint" else arm.batch_size if probe == "answer" else UNIT
+            size = arm.batch_size if probe == "answer" else min(UNIT, len(asked)) // (1 + arm.again) or 1
+            size = 1 if subject.kind == "endpoint" else size
             # by length, so that little is padded; the order of ties is that of the file
             asked.sort(key=lambda n: len(suite.items[n].prompt))
             shares = [(asked[start : start + size], "") for start in range(0, len(asked), size)]
         for items, task in shares:
-            key = fingerprint([subject.sha256, *rest, suite.task_sha256.get(task, suite.sha256), probe, items, task])
+            suite_sha256 = suite.task_sha256.get(task, suite.sha256)
+            who = [arm.name, subject.sha256, arm.batch_size, arm.examples]
+            key = fingerprint([*who, *rest, suite_sha256, probe, items, task])
             made.append(Unit(key, probe, items, task))
     return made
 
@@ -271,7 +280,7 @@ def _lm_eval(arm: Arm, suite: Suite, name: str, model: Any, tokenizer: Any) -> I
     for item in result.items:
         slices = {field: str(item.doc[field]) for field in wanted.slices if field in item.doc}
         about = {
-            "cluster_id": str(item.doc.get("cluster", item.item_id)),
+            "cluster_id": item.item_id if (own := item.doc.get("cluster")) in (None, "") else str(own),
             "turns": [{"role": "user", "content": item.prompt}],
             "slices": slices | ({"task": name} if len(suite.tasks) > 1 else {}),
             "text": item.question,

@@ -15,15 +15,18 @@ from llmtune.evaluate.suites import Item
 
 SENTENCE = re.compile(r"""[A-Z`'"*(][^\n]*[.!?]['"`*)]?""")
 INNER_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)[.!?]\s+[A-Z]")
-CALL = re.compile(
-    r"<tool_call>\s*(\{.*?\})\s*</tool_call>|\[TOOL_CALLS\]\s*\[?(\{.*\})|^\s*(?:```(?:json)?\s*)?(\{.*\})", re.DOTALL
-)
+CALL = re.compile(r"(?:<tool_call>|\[TOOL_CALLS\]\s*\[?|\A\s*(?:```(?:json)?)?)\s*(?=\{)")
 GRAM = 4
 
 
 def value(metric: str, item: Item, seen: Observation) -> float | None:
-    """In the metric's own unit; None where the observation failed."""
-    return None if seen.error is not None else VALUES[metric](item, seen)
+    """In the metric's own unit; None where the observation failed, or what the model computed is not a number."""
+    return None if seen.error is not None or broken(seen) else VALUES[metric](item, seen)
+
+
+def broken(seen: Observation) -> bool:
+    """Whether a loss or a log-probability is not finite: of such, no choice is the likeliest."""
+    return not all(map(math.isfinite, [*(seen.logprobs or []), *([] if seen.loss is None else [seen.loss])]))
 
 
 def _one_sentence(_: Item, seen: Observation) -> float:
@@ -58,11 +61,11 @@ def _tool_call_valid(item: Item, seen: Observation) -> float:
     every required argument and none that the tool does not have, each of its type."""
     found = CALL.search(str(seen.text))
     try:
-        call = json.loads(next(group for group in found.groups() if group)) if found else None
+        call = json.JSONDecoder().raw_decode(str(seen.text), found.end())[0] if found else None
     except ValueError:
         return 0.0
     tools = {tool["function"]["name"]: tool["function"] for tool in item.tools or []}
-    if not isinstance(call, dict) or call.get("name") not in tools:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call["name"] not in tools:
         return 0.0
     given = call.get("arguments", call.get("parameters", {}))
     wanted = tools[call["name"]].get("parameters") or {}
@@ -128,7 +131,7 @@ VALUES: dict[str, Callable[[Item, Observation], float | None]] = {
     "rouge_l": _rouge_l,
     "exact_match": _exact_match,
     "one_sentence": _one_sentence,
-    "answer_tokens": lambda _, seen: float(seen.tokens or 0),
+    "answer_tokens": lambda _, seen: None if seen.tokens is None else float(seen.tokens),
     "stops": lambda _, seen: float(bool(seen.ended)),
     "repetition": _repetition,
     "tool_call_valid": _tool_call_valid,

@@ -92,7 +92,11 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, failed: bool = False) -> None:
-        self._done: dict[str, list[Observation]] = dict(_units(sorted(folder.glob("*.jsonl")), failed=failed))
+        self._done: dict[str, list[Observation]] = {}
+        for unit, made in _units(sorted(folder.glob("*.jsonl"))):
+            whole = not any(one.error for one in made)
+            if whole or (failed and unit not in self._done):  # what failed once may have been asked again since
+                self._done[unit] = made
         earlier = len(list(folder.glob(f"{ranks.rank()}-*.jsonl")))  # never appended to: its last line may be cut short
         self._file = folder / f"{ranks.rank()}-{earlier}.jsonl"
 
@@ -104,7 +108,7 @@ class Store:
 
     def put(self, unit: str, observations: Iterable[Observation]) -> None:
         made = list(observations)
-        line = {"unit": unit, "failed": any(one.error for one in made), "observations": [asdict(one) for one in made]}
+        line = {"unit": unit, "observations": [asdict(one) for one in made]}
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             stream.flush()
@@ -112,7 +116,7 @@ class Store:
         self._done[unit] = made
 
 
-def _units(files: list[Path], *, failed: bool) -> Iterator[tuple[str, list[Observation]]]:
+def _units(files: list[Path]) -> Iterator[tuple[str, list[Observation]]]:
     for file in files:
         with file.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
@@ -121,5 +125,4 @@ def _units(files: list[Path], *, failed: bool) -> Iterator[tuple[str, list[Obser
                     unit = str(found["unit"]), [Observation(**one) for one in found["observations"]]
                 except (ValueError, KeyError, TypeError):
                     continue  # cut short by a kill, or of another version: it is done again
-                if failed or not found["failed"]:
-                    yield unit
+                yield unit

@@ -56,8 +56,13 @@ def again(folder: Path, judge: JudgeConfig, output: Path, place: Path | str) -> 
         raise ArtifactError(
             f"{error.filename}: is missing, and answers are judged again from it; evaluate anew"
         ) from None
-    judges.load(judge, place)  # what can be known before judging
     suites = {name: _suite(facts) for name, facts in old.manifest["suites"].items()}
+    for name, (suite, _) in suites.items():
+        if any(METRICS[metric].judged == "outcome" for metric in suite.metrics) and (
+            lack := judge.lacks(suite.metrics)
+        ):
+            raise ConfigError(place, f"suite '{name}': {lack}")
+    judges.load(judge, place)  # what can be known before judging
     who = {record.arm: record.artifact_sha256 for record in before}
     who[scoring.AGAIN] = who[old.manifest["arms"]["base"]]
     records, spoken = scoring.score(seen, items, suites, who, judge, place)

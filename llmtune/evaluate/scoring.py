@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +70,7 @@ def score(
 
 
 Spoken = dict[tuple[str, str, str], tuple[Judgement, dict[str, str]]]
+Preferred = dict[tuple[str, str, str], tuple[float | None, dict[str, str]]]
 
 
 def _values(
@@ -76,12 +78,14 @@ def _values(
     item: Item,
     suite: SuiteConfig,
     judged: Spoken,
-    preferred: dict[tuple[str, str, str], float | None],
+    preferred: Preferred,
 ) -> Iterator[tuple[str, float | None, bool, dict[str, Any]]]:
     """metric, value, direction and what a judge adds, for each metric that this observation answers."""
     if seen.measured is not None:
         higher = seen.higher or {}
-        yield from ((name, number, higher[name], {}) for name, number in seen.measured.items())
+        for name, number in seen.measured.items():
+            usable = number is not None and math.isfinite(number) and not metrics.broken(seen)
+            yield name, number if usable else None, higher[name], {}
         return
     key = (seen.arm, seen.suite, seen.item_id)
     for name in suite.metrics:
@@ -90,7 +94,8 @@ def _values(
             continue
         if metric.judged == "pair":
             if key in preferred:
-                yield name, preferred[key], metric.higher_is_better, {}
+                better, who = preferred[key]
+                yield name, better, metric.higher_is_better, {"judge": who}
         elif metric.judged:
             judgement, who = judged[key]
             yield name, _verdict(name, judgement), metric.higher_is_better, {"outcome": judgement.outcome, "judge": who}
@@ -157,7 +162,7 @@ def _prefer(
     suites: dict[str, tuple[SuiteConfig, str]],
     preference: JudgeConfig | None,
     place: Path | str,
-) -> dict[tuple[str, str, str], float | None]:
+) -> Preferred:
     """Of the arms base and tuned, each answer against the other one's: 1 better, 0 worse, 0.5 neither, None unscored."""
     wanted = {name for name, (suite, _) in suites.items() if "preferred" in suite.metrics}
     if not wanted or preference is None:
@@ -167,32 +172,38 @@ def _prefer(
     texts = {
         (one.arm, one.suite, one.item_id): one.text for one in seen if one.probe == "answer" and one.suite in wanted
     }
-    found: dict[tuple[str, str, str], float | None] = dict.fromkeys(texts)
+    who = {"id": f"preference/{preference.model}", "version": pairwise.VERSION}
+    found: Preferred = {key: (None, who) for key in texts if key[0] in ("base", "tuned")}
     asked = {key[1:] for key in texts} - {key[1:] for key, text in texts.items() if text is None}
     keys = sorted(key for key in asked if {("tuned", *key), ("base", *key)} <= texts.keys())
     pairs = [(items[key].prompt, str(texts["tuned", *key]), str(texts["base", *key])) for key in keys]
     for key, better in zip(keys, pairwise.prefer(pairs, preference, place), strict=True):
-        found["tuned", *key] = better
-        found["base", *key] = None if better is None else 1 - better
+        found["tuned", *key] = better, who
+        found["base", *key] = None if better is None else 1 - better, who
     return found
 
 
 def noise_floor(records: list[Score]) -> dict[str, dict[str, Any]]:
-    """What changes when nothing but the batch size does: by suite and metric, how many items, and by how much."""
-    pairs: dict[tuple[str, str, str], dict[str, float | None]] = {}
+    """What changes when nothing but the batch size does: by suite and metric, how many items, and by how much.
+
+    An item scored once of two times is a flip, and is not in the mean change; one that is excluded is in no figure.
+    """
+    pairs: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
     for record in records:
-        if record.arm in ("base", AGAIN):
-            pairs.setdefault((record.suite, record.metric, record.item_id), {})[record.arm] = record.value
+        if record.arm in ("base", AGAIN) and record.excluded is None:
+            of_metric = pairs.setdefault((record.suite, record.metric), {})
+            of_metric.setdefault(record.item_id, {})[record.arm] = record.value
     found: dict[str, dict[str, Any]] = {}
-    for (suite, metric, _), values in pairs.items():
-        if AGAIN in values:
-            entry = found.setdefault(suite, {}).setdefault(metric, {"items": 0, "flips": 0, "mean_abs_delta": 0.0})
-            before, after = values.get("base"), values[AGAIN]
-            entry["items"] += 1
-            entry["flips"] += before != after
-            entry["mean_abs_delta"] += abs((before or 0.0) - (after or 0.0))
-    for entry in (entry for by_metric in found.values() for entry in by_metric.values()):
-        entry["mean_abs_delta"] = round(entry["mean_abs_delta"] / entry["items"], 6)
+    for (suite, metric), items in pairs.items():
+        twice = [(values["base"], values[AGAIN]) for values in items.values() if len(values) == 2]
+        changes = [abs(after - before) for before, after in twice if before is not None and after is not None]
+        if twice:
+            flips, mean = sum(a != b for a, b in twice), sum(changes) / len(changes) if changes else 0.0
+            found.setdefault(suite, {})[metric] = {
+                "items": len(twice),
+                "flips": flips,
+                "mean_abs_delta": round(mean, 9),
+            }
     return found
 
 

@@ -110,6 +110,8 @@ def load_suite(name: str, place: Path, items: dict[str, str] | None = None) -> S
     """A shipped suite by its name, or one of your own by its path, relative to the folder of `place`."""
     suite, raw, file = read_suite(name, place)
     if elsewhere := (items or {}).get(suite.suite):
+        if suite.lm_eval:
+            raise ConfigError(place, f"items.{suite.suite}: has no effect: its items are those of lm-eval's tasks")
         suite = suite.model_copy(update={"items": elsewhere})
     if suite.lm_eval:
         from llmtune.evaluate import tasks
@@ -182,10 +184,15 @@ def _item(suite: SuiteConfig, row: Row) -> Item:
     named = [name for name in suite.slices if name != "length"]
     if missing := [name for name in [*named, *([suite.cluster] if suite.cluster else [])] if name not in row.fields]:
         raise DataError(row.place, f"has no '{missing[0]}', by which the suite wants to tell rows apart")
-    identity = str(row.fields.get("id") or row.place)
-    cluster = str(row.fields.get(suite.cluster or "cluster") or identity)
+    identity = _named(row.fields.get("id"), row.place)
+    cluster = _named(row.fields.get(suite.cluster or "cluster"), identity)
     slices = {name: str(row.fields[name]) for name in named}
     return Item(suite.suite, identity, cluster, [], slices=slices, hidden=suite.hidden, place=row.place)
+
+
+def _named(value: object, otherwise: str) -> str:
+    """A field's value as text; a row of a table that lacks it has None or nothing there."""
+    return otherwise if value in (None, "") else str(value)
 
 
 def _wanted(suite: SuiteConfig, row: Row) -> bool:

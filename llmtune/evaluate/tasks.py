@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -58,13 +59,22 @@ class Tasks:
     groups: dict[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> dict[str, str]:
-        """Of each task: the hash of its config, with the source of its functions but no path, and of every item it scores."""
+        """Of each task: the hash of its config but no path, of its code, of every item it scores and of those it shows as examples."""
         made = {}
         for name, task in self.tasks.items():
             settings = {key: value for key, value in task.dump_config().items() if key not in PLACES}
-            told = json.dumps([settings, [str(doc) for doc in task.eval_docs]], sort_keys=True, default=str)
+            docs = [*task.eval_docs, *((task.fewshot_docs() or []) if settings.get("num_fewshot") else [])]
+            told = json.dumps([settings, [str(doc) for doc in docs], _code(task)], sort_keys=True, default=str)
             made[name] = hashlib.sha256(told.encode()).hexdigest()
         return made
+
+
+def _code(task: Any) -> list[str]:
+    """The hash of every Python file beside one that a function of the task is in: what it calls may lie there."""
+    functions = [value for value in vars(task.config).values() if inspect.isfunction(value)]
+    files = [file for function in functions if (file := inspect.getsourcefile(function))]
+    beside = {code for file in files for code in Path(file).parent.glob("*.py")}
+    return sorted(hashlib.sha256(code.read_bytes()).hexdigest() for code in beside)
 
 
 def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:

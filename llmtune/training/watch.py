@@ -1,7 +1,7 @@
 """An early warning while a model is tuned: does it lean less to refuse what it refused before, and by how much?
 
 The refusal margin (`llmtune.data.openers`) of some prompts is measured before the first step, every so many steps, and before every
-checkpoint, so that no weights are kept that were not looked at. It needs no answers and no judge, and it shows an erosion
+checkpoint but the one that a signal asks for, so that weights kept are weights looked at. It needs no answers and no judge, and it shows an erosion
 that the answers do not show yet; it is no proof of safety.
 """
 
@@ -64,8 +64,8 @@ def read(settings: RefusalWatchConfig, tokenizer: PreTrainedTokenizerBase, place
     for chat in load_chats(str(suite.items), "auto", suite.columns or ITEM_COLUMNS, training=False, answers=False):
         fields = chat.row.fields
         if all(str(fields.get(name)) == text for name, text in suite.where.items()):
-            alike = fields.get(suite.cluster or "cluster") or fields.get("id") or chat.row.place
-            clusters.setdefault(str(alike), chat)
+            named = (fields.get(suite.cluster or "cluster"), fields.get("id"), chat.row.place)
+            clusters.setdefault(str(next(name for name in named if name not in (None, ""))), chat)
     if len(clusters) < settings.items:
         raise ConfigError(
             place,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,10 +20,11 @@ from llmtune.cli import main
 from llmtune.data.openers import COMPLIANCE_OPENERS, REFUSAL_OPENERS
 from llmtune.data.tokens import encode_prompt
 from llmtune.errors import ConfigError, DataError
-from llmtune.evaluate import arms, measure, observations
+from llmtune.evaluate import arms, measure, metrics, observations, subjects
 from llmtune.evaluate.metrics import _tool_call_valid, probabilities
 from llmtune.evaluate.observations import Observation
-from llmtune.evaluate.suites import Item, load_suite
+from llmtune.evaluate.scoring import AGAIN, noise_floor
+from llmtune.evaluate.suites import Item, Suite, load_suite
 from llmtune.model import load
 from llmtune.stages import sft
 
@@ -127,11 +129,64 @@ def test_each_probe_is_what_the_model_itself_says(folder: Path, tiny_folder: Pat
     assert {s.value for s in records.values() if s.metric == "incoherent"} <= {0.0, 1.0}
     noise = made.manifest["noise_floor"]
     assert noise["asked"]["stops"]["items"] == 44
-    assert noise["chosen"]["nll"]["mean_abs_delta"] < 1e-4
+    assert noise["plain"]["text_loss"]["items"] == 24
+    assert noise["plain"]["text_loss"]["mean_abs_delta"] < 1e-4
+    assert noise.keys() == {"asked", "plain"}, "what is computed item by item has no such noise"
     assert {s.arm for s in scores.read(made.path / scores.FILE)} == {"base", "tuned"}
     assert made.manifest["judges"]["refusal_pattern"]["version"]
     assert len((made.path / "items.jsonl").read_text().splitlines()) == 44 + 24 + 40 + 24
     gate.run(made.path, folder / "verdict")
+
+
+def test_what_changed_is_asked_anew_and_the_rest_is_not(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    suites = {name: load_suite(f"./{name}.yaml", folder / "eval.yaml") for name in SUITES}
+    base, tuned = subjects.of_run(folder / "run")
+    memory = subjects.Memory([base, tuned], "float32", "cpu")
+    nf4 = dataclasses.replace(base, source=dataclasses.replace(base.source, quantize="nf4"))
+
+    def keys(suite: Suite, arm: measure.Arm, probe: str) -> set[str]:
+        return {unit.key for unit in measure.plan(arm, suite, memory) if unit.probe == probe}
+
+    plain = keys(suites["plain"], measure.Arm("base", base, 5), "text")
+    other = dataclasses.replace(suites["plain"], sha256="of other items")
+    for suite, arm in (
+        (other, measure.Arm("base", base, 5)),
+        (
+            suites["plain"],
+            measure.Arm("tuned", base, 5),
+        ),  # the same model as the other arm: another name, other records
+        (suites["plain"], measure.Arm("base", tuned, 5)),
+        (suites["plain"], measure.Arm("base", nf4, 5)),
+        (suites["plain"], measure.Arm("base", base, 5, [{"role": "user", "content": "an example"}])),
+        (suites["plain"], measure.Arm("base", base, 5, again=True)),  # in other batches
+    ):
+        assert not plain & keys(suite, arm, "text")
+    longest = max(len(item.prompt) for item in suites["asked"].items)
+    order = [n for unit in measure.plan(measure.Arm("base", base, 5), suites["asked"], memory) for n in unit.items]
+    assert len(suites["asked"].items[order[43]].prompt) == longest, "by length, so that little is padded"
+
+
+def test_a_model_that_computes_no_numbers_is_unscored_and_not_right() -> None:
+    nan = float("nan")
+    item = Item("s", "i", "i", [{"role": "user", "content": "?"}], choices=["a", "b"], right=0)
+    seen = Observation("tuned", "s", "i", "choices", "0", logprobs=[nan, nan])
+    assert {metrics.value(name, item, seen) for name in ("acc", "brier", "nll")} == {None}
+    assert metrics.value("loss", item, Observation("tuned", "s", "i", "loss", "0", loss=nan)) is None
+    assert metrics.value("answer_tokens", item, Observation("tuned", "s", "i", "answer", "0", text="x")) is None
+
+
+def test_noise_is_what_two_measurements_differ_by() -> None:
+    def record(arm: str, item: str, value: float | None, excluded: str | None = None) -> scores.Score:
+        return scores.Score("s", "0", "m", True, item, item, "0", arm, value, "0", excluded=excluded)
+
+    base = [
+        record("base", "a", 1.0),
+        record("base", "b", 2.0),
+        record("base", "c", None),
+        record("base", "d", 9.0, "seen"),
+    ]
+    again = [record(AGAIN, "a", 1.0), record(AGAIN, "b", 2.5), record(AGAIN, "c", 0.0), record(AGAIN, "d", 0.0, "seen")]
+    assert noise_floor(base + again) == {"s": {"m": {"items": 3, "flips": 2, "mean_abs_delta": 0.25}}}
 
 
 def test_two_models_of_any_kind_are_compared(folder: Path, tiny_folder: Path, tmp_path: Path, capsys) -> None:
@@ -201,8 +256,6 @@ def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:
 
 def test_the_plan_does_not_depend_on_what_is_done(folder: Path) -> None:
     suite = load_suite("./asked.yaml", folder / "eval.yaml")
-    from llmtune.evaluate import subjects
-
     base, tuned = subjects.of_run(folder / "run")
     memory = subjects.Memory([base, tuned], "float32", "cpu")
     units = measure.plan(measure.Arm("base", base, 5), suite, memory)
@@ -258,6 +311,8 @@ TOOL = {
         ('{"name": "weather", "parameters": {"city": "Bern", "days": 2}}', 1),
         ('```json\n{"name": "weather", "arguments": {"city": "Bern"}}\n```', 1),
         ('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Bern"}}]', 1),
+        ('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Bern"}}, {"name": "weather", "arguments": {}}]', 1),
+        ('{"name": ["weather"], "arguments": {"city": "Bern"}}', 0),
         ('{"name": "weather", "arguments": {}}', 0),
         ('{"name": "weather", "arguments": {"city": 3}}', 0),
         ('{"name": "weather", "arguments": {"city": "Bern", "days": true}}', 0),

@@ -89,7 +89,8 @@ class Guard:
         self._source = _find(config.model)
         self.id = f"guard/{Path(config.model).name if Path(config.model).is_dir() else config.model}"
         others = "" if config.family in ("wildguard", "qwen3guard") else f"+{pattern.RefusalPattern.version}"
-        self.version = f"{VERSION}{others}-{self._source.sha256[:12]}"
+        read = config.family if config.benign is None else f"{config.family}:{config.benign}"
+        self.version = f"{VERSION}{others}-{read}-{self._source.sha256[:12]}"
 
     def judge(self, cases: Sequence[Case]) -> list[Judgement]:
         words = [one_by_one(_by_words, [case])[0] for case in cases]
