@@ -345,7 +345,8 @@ def test_a_failed_metric_is_among_the_key_numbers(tmp_path):
     failed = next(row for row in stored["rows"] if row["metric"] == "answer_tokens")
     failed |= {"verdict": "FAIL", "rule": "not worse by more than", "margin": 0.1, "reason": "worse"}
     stored["rows"].append(stored["rows"].pop(stored["rows"].index(failed)))
-    with artifact.writing(tmp_path / "verdict", "verdict", replace=True) as draft:
+    scored = artifact.read(tmp_path / "scores")
+    with artifact.writing(tmp_path / "verdict", "verdict", [scored], replace=True) as draft:
         (draft.path / "verdict.json").write_text(json.dumps(stored), encoding="utf-8")
     assert "Answer length General ability, general" in page(tmp_path).text
 
@@ -522,6 +523,9 @@ def test_nothing_to_report_on(tmp_path):
     (tmp_path / "adapter").mkdir()  # begun and never finished
     with pytest.raises(ArtifactError, match=r"nothing to report on; none of adapter, model"):
         report.build(tmp_path, tmp_path / "report")
+    write_adapter(tmp_path / "run")
+    with pytest.raises(ArtifactError, match=r"is one step of a run; name the run's folder, .*run$"):
+        report.build(tmp_path / "run" / "adapter")
 
 
 def test_a_changed_file_is_not_reported_on(tmp_path):

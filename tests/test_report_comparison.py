@@ -316,6 +316,38 @@ def test_what_is_written_for_others_holds_no_text_of_an_item(folder):
     assert "harmful.complied" in (folder / "report" / "report.md").read_text(encoding="utf-8").splitlines()[-1]
 
 
+def test_a_verdict_on_other_scores_is_no_verdict_on_these(tmp_path, capsys):
+    write_scores(tmp_path, harm=0.0, short=False)
+    write_scores(tmp_path / "other")  # would be rejected
+    gate.run(tmp_path / "other" / "scores", tmp_path / "verdict")
+    told = artifact.read(tmp_path / "other" / "scores").sha256[:12]
+    made = report.build(tmp_path)
+    page = read(tmp_path)
+    assert f"the verdict is of other scores ({tmp_path / 'other' / 'scores'}, {told})" in page.text
+    assert f"Run llmtune gate {tmp_path} again" in " ".join(page.text.split())
+    assert "NO VERDICT YET" in page.text
+    assert "Reject" not in page.text
+    assert made.manifest["files"].keys() == {"report.html"}
+    assert {parent["kind"] for parent in made.manifest["parents"]} == {"scores"}
+    assert "the verdict is of other scores" in capsys.readouterr().err
+    gate.run(tmp_path / "scores", tmp_path / "verdict")
+    report.build(tmp_path)
+    assert "Promote. The tuned model may replace its base." in read(tmp_path).text
+
+
+def test_a_figure_that_a_set_cannot_give_is_a_dash(tmp_path):
+    write_scores(tmp_path)
+    file, nothing = tmp_path / "scores" / "llmtune.json", dict.fromkeys(("value", "low", "high"))
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    source = facts["judges"]["refusal_pattern"]["card"]["by_source"]["gpt4"]
+    source |= {"sensitivity": nothing, "kappa": nothing}
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    report.build(tmp_path)
+    row = next(row for row in table(read(tmp_path), "Measured on xstest_human") if row[0] == "gpt4")
+    assert (row[3], row[5]) == ("–", "–")
+    assert row[4].startswith("94.0 % [")
+
+
 def test_everything_beside_the_scores_may_be_absent(tmp_path):
     write_scores(tmp_path)
     for name in ("calibration.json", "cost.json", "shift.json", "observations.jsonl", "items.jsonl"):

@@ -28,7 +28,7 @@ def init(arguments: argparse.Namespace) -> int:
         raise ConfigError("init", f"unknown stage '{arguments.stage}'{did_you_mean(arguments.stage, config.STAGES)}")
     target = arguments.folder / f"{arguments.stage}.yaml"
     if target.exists():
-        raise ConfigError(target, "exists already; choose another folder, or move it away")
+        raise ConfigError(target, "exists already; name another folder for it, or move the file away")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(config.shipped("configs", f"{arguments.stage}/start.yaml"), target)
     say(f"edit it, then: llmtune {arguments.stage} {target}")

@@ -15,6 +15,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from llmtune import artifact, plots, scores, verdict
 from llmtune.errors import ArtifactError
+from llmtune.progress import say
 from llmtune.report import changes, items, measured, people, wording
 
 FILE = "report.html"
@@ -26,16 +27,22 @@ def build(run: Path, output: Path | None = None) -> artifact.Artifact:
     """Write `report.html` on whatever is finished in `run` as a report artifact at `output` (`run/report`), replacing a former one.
 
     Where there is a verdict, `report.md` for a pull request, `report.json` and `junit.xml` lie beside it; they hold no prompt
-    and no answer. The page names the steps that are missing. Raises ArtifactError when nothing is finished, when a file was changed since it was written, or when something
+    and no answer. A verdict that is of other scores than those in `run` counts as none. The page names the steps that are missing. Raises ArtifactError when nothing is finished, when a file was changed since it was written, or when something
     else lies at `output`.
     """
     output = output or run / "report"
     steps = {name: artifact.read(run / name) for name in STEPS if artifact.complete(run / name)}
+    if not steps and artifact.complete(run):
+        raise ArtifactError(f"{run}: is one step of a run; name the run's folder, {run.resolve().parent}")
     if not steps:
         raise ArtifactError(f"{run}: nothing to report on; none of {', '.join(STEPS)} is finished in it")
     if output.exists() and not (output / FILE).is_file():
         raise ArtifactError(f"{output}: exists and is not a report; choose another folder, or move it away")
-    content = _content(run, steps)
+    other = _foreign(steps)
+    steps = {name: step for name, step in steps.items() if name != "verdict" or not other}
+    content = _content(run, steps) | {"foreign": other}
+    if other:
+        say(f"{run}: {other}")
     with artifact.writing(output, "report", list(steps.values()), replace=True) as draft:
         (draft.path / FILE).write_text(_render(content), encoding="utf-8")
         if content["verdict"]:
@@ -48,6 +55,17 @@ def build(run: Path, output: Path | None = None) -> artifact.Artifact:
             for name, text in others.items():
                 (draft.path / name).write_text(text, encoding="utf-8")
     return artifact.read(output, "report")
+
+
+def _foreign(steps: Mapping[str, artifact.Artifact]) -> str | None:
+    """What is wrong with a verdict that was not taken on the scores beside it; it is then shown nowhere."""
+    if not {"scores", "verdict"} <= steps.keys():
+        return None
+    judged = [parent for parent in steps["verdict"].manifest["parents"] if parent["kind"] == "scores"]
+    if any(parent["sha256"] == steps["scores"].sha256 for parent in judged):
+        return None
+    told = ", ".join(f"{parent['path']}, {parent['sha256'][:12]}" for parent in judged)
+    return f"the verdict is of other scores ({told}) than those beside it ({steps['scores'].sha256[:12]})"
 
 
 def _render(content: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ def test_init_writes_a_valid_file_and_never_over_another(llmtune, tmp_path, stag
     file.write_text("mine")
     again = llmtune("init", stage, tmp_path / "new")
     assert again.code == 2
-    assert again.message == f"{file}: exists already; choose another folder, or move it away\n"
+    assert again.message == f"{file}: exists already; name another folder for it, or move the file away\n"
     assert file.read_text() == "mine"
 
 
