@@ -160,7 +160,7 @@ def one(place: Path, name: str | dict) -> object:
 def theirs(folder: Path, place: Path, name: str, **settings: object) -> dict:
     """lm-eval's own way from the folder to the table, in this process: it loads the model itself."""
     index = TaskManager(include_path=str(place.parent / "tasks"), include_defaults=False).task_index
-    return by_lm_eval(folder, tasks._Factory(place).build(index[name], registry=index), **settings)
+    return by_lm_eval(folder, tasks._Factory(place, unsafe_code=False).build(index[name], registry=index), **settings)
 
 
 def by_lm_eval(folder: Path, task: object, **settings: object) -> dict:
@@ -247,7 +247,7 @@ def test_groups_tags_and_variants(place, folder, subject, tmp_path):
     raw = {"stage": "eval", "base": str(folder), "tuned": str(other), "suites": ["./mine.yaml"], "batch_size": 4}
     made = arms.run(config.build({**raw, "output_dir": "./scores", "dtype": "float32"}, place), place)
     manager = TaskManager(include_path=str(place.parent / "tasks"), include_defaults=False)
-    again = tasks._Factory(place).build(manager.task_index["t_group"], registry=manager.task_index)
+    again = tasks._Factory(place, unsafe_code=False).build(manager.task_index["t_group"], registry=manager.task_index)
     lm = capability.HFLM(pretrained=subject[0], backend="causal", tokenizer=subject[1], batch_size=4)
     expected = lm_eval.simple_evaluate(
         model=lm, tasks=[again], task_manager=manager, bootstrap_iters=0, apply_chat_template=True
@@ -428,6 +428,17 @@ def test_a_rule_needs_a_metric_that_items_have(place):
     ):
         require([], runs)
     require([], runs, unsafe_code=True)
+
+
+def test_code_of_an_unsafe_task_is_not_even_imported_unasked(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "marks.py").write_text("open('imported', 'w')\ndef f(*_):\n    return {}\n")
+    text = "task: t_unsafe\nunsafe_code: true\ndataset_path: json\nprocess_results: !function marks.f\n"
+    (tmp_path / "tasks" / "t.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="t_unsafe runs the code that the model writes"):
+        tasks.load(["t_unsafe"], tmp_path / "mine.yaml")
+    assert "marks" not in sys.modules
+    assert not list(tmp_path.rglob("imported")) and not Path("imported").exists()
 
 
 def test_a_suite_of_three_lines(tmp_path):

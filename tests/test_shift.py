@@ -38,7 +38,7 @@ def test_few_prompts_are_not_judged():
     found = shift.distinguish(cloud(200), cloud(19))
     assert (found.auc, found.distinguishable) == (None, None)
     (entry,) = shift.summarise({"mine": found}, {}, {"rows": 200, "drawn": 200}).values()
-    assert entry["says"].startswith("19 distinct prompts are too few")
+    assert entry["says"].startswith("too few distinct prompts to compare, here (19)")
 
 
 def test_prompts_are_drawn_one_a_cluster_and_bounded():
@@ -122,7 +122,7 @@ def test_the_nearest_suite_is_the_reference_and_says_so():
     assert found["near"]["harm"] is None
     assert found["near"]["says"] == (
         "not distinguishable from the training prompts (AUC 0.55, by chance up to 0.60); "
-        "no suite is nearer to them, so the others are compared with this one"
+        "no suite of this run is nearer to them, to compare with"
     )
     assert found["far"]["harm"] is None
     assert "harm is not judged: near (AUC 0.55) shares no metric" in found["far"]["says"]

@@ -65,7 +65,7 @@ def load(path: Path | str, overrides: list[str] | None = None, stage: str | None
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(path, "no such file; 'llmtune init sft' writes one to start from")
+        raise ConfigError(path, f"no such file; 'llmtune init {stage or 'sft'}' writes one to start from")
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(path, "a run file is a mapping of keys to values, such as 'stage: sft'")
@@ -204,6 +204,10 @@ def _explain(problem: Any, section: type[Section]) -> str:
         return f"{place}: unknown key{did_you_mean(last, _fields_at(section, parents))}"
     if problem["type"] == "missing":
         return f"{place}: required, and not set"
+    if problem["type"] == "model_type":
+        return f"{place}: is a section with keys of its own, not {problem['input']!r}"
+    if problem["type"] == "too_short":
+        return f"{place}: needs at least {problem['ctx']['min_length']}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if not place or message.startswith(place) else f"{place}: {message}"

@@ -12,7 +12,7 @@ from llmtune.config import LocalPath, PathOrHub, Section
 from llmtune.config.data import ColumnMap
 from llmtune.config.judges import JudgeConfig
 from llmtune.config.metrics import METRICS
-from llmtune.errors import did_you_mean
+from llmtune.errors import ConfigError, did_you_mean
 
 ITEM_COLUMNS = ColumnMap(user=["prompt"], assistant="answer")
 """Where a suite's rows hold what, unless it says so itself."""
@@ -107,8 +107,12 @@ def read_suite(name: str, place: Path | str) -> tuple[SuiteConfig, Any, Path]:
 
     With it come what its file holds, and the file.
     """
-    own = name.endswith(".yaml") or "/" in name
-    file = (Path(place).resolve().parent / name) if own else config.shipped("evals", f"suites/{name}.yaml")
+    beside, own = Path(place).resolve().parent, name.endswith(".yaml") or "/" in name
+    shipped = {file.stem: file for file in config.shipped("evals", "suites").glob("*.yaml")}
+    if not own and name not in shipped:
+        mine = f"; write ./{name}.yaml for your own" if name and (beside / f"{name}.yaml").is_file() else ""
+        raise ConfigError(place, f"suites: there is no suite {name!r}{mine or did_you_mean(name, shipped)}")
+    file = beside / name if own else shipped[name]
     raw = config.read_yaml(file)
     return config.validate(SuiteConfig, raw, file), raw, file
 

@@ -99,6 +99,8 @@ def prepare(settings: EvalConfig, place: Path | str) -> Evaluation:
     output = Path(view.output_dir) if view.output_dir else Path(view.run) / "scores"
     if output.exists():
         artifact.read(output, "scores")  # nothing but scores is replaced
+    if tuned.adapter and tuned.source and base.source and tuned.source.sha256 != base.source.sha256:
+        say(f"  note: {tuned.name} was trained on {tuned.source.name}, and is compared with {base.name}")
     suites = load_suites(view.suites, Path(place), view.items)
     _check_judges(view, suites, place)
     arms = _arms(view, suites, base, tuned, place)

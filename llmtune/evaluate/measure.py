@@ -16,7 +16,7 @@ from llmtune.evaluate.endpoint import EndpointError
 from llmtune.evaluate.observations import Observation, Store
 from llmtune.evaluate.subjects import Memory, Subject
 from llmtune.evaluate.suites import Item, Suite, fingerprint
-from llmtune.model import infer
+from llmtune.model import infer, load
 from llmtune.progress import Progress, say
 
 UNIT = 64
@@ -111,6 +111,12 @@ def encode(arm: Arm, suite: Suite, units: list[Unit], memory: Memory, done: Enco
         if key not in done:
             asked = [n for unit in units if unit.probe == probe for n in unit.items]
             done[key] = _encode(ENCODERS[probe], memory.tokenizer(arm.subject), arm, suite, asked)
+        positions = arm.subject.source and load.positions(arm.subject.source)
+        if probe == "answer" and positions and suite.config.max_new_tokens:
+            most, item = max((len(prompt), n) for n, prompt in done[key].items())
+            if most + suite.config.max_new_tokens > positions:
+                told = f"{most} tokens and max_new_tokens ({suite.config.max_new_tokens}) are more than the model has positions for"
+                raise DataError(suite.items[item].place, f"{told} ({positions}); lower max_new_tokens, or shorten it")
 
 
 def _reading(arm: Arm, suite: Suite, probe: str) -> str:

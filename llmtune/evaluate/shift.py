@@ -222,13 +222,13 @@ def difference(one: tuple[float, float, float], other: tuple[float, float, float
 
 def _says(domain: Domain, reference: str | None, harm: dict[str, Any] | None) -> str:
     if domain.auc is None:
-        return f"{domain.n} distinct prompts are too few to compare with those of training: {LEAST} are needed on both sides"
+        return (
+            f"too few distinct prompts to compare, here ({domain.n}) or in training: {LEAST} are needed on both sides"
+        )
     alike = "distinguishable from" if domain.distinguishable else "not distinguishable from"
     by = f"(AUC {domain.auc:.2f}, by chance up to {domain.auc_null_95:.2f})"
     if reference is None:
-        return (
-            f"{alike} the training prompts {by}; no suite is nearer to them, so the others are compared with this one"
-        )
+        return f"{alike} the training prompts {by}; no suite of this run is nearer to them, to compare with"
     if harm is None:
         return f"{alike} the training prompts {by}; harm is not judged: {reference} shares no metric with {LEAST} independent items"
     figures = f"{harm['metric']} changes by {harm['delta']:+.3g}, and by {harm['reference_delta']:+.3g} on {reference}"

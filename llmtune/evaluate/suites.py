@@ -16,7 +16,7 @@ from llmtune.config.eval import ITEM_COLUMNS, SuiteConfig, read_suite
 from llmtune.config.metrics import METRICS
 from llmtune.data.chats import Chat, load_chats
 from llmtune.data.rows import Row, read_rows
-from llmtune.errors import ConfigError, DataError, UserError
+from llmtune.errors import ConfigError, DataError, LlmtuneError, UserError
 
 SEED = 0
 CHOICE_COLUMNS = ColumnMap(user=["prompt"], assistant="completion")  # `answer` is the number of the right choice there
@@ -116,12 +116,17 @@ def load_suite(name: str, place: Path, items: dict[str, str] | None = None) -> S
     if suite.lm_eval:
         from llmtune.evaluate import tasks
 
-        theirs = tasks.load(suite.lm_eval, file)
+        theirs = tasks.load(suite.lm_eval, file, unsafe_code=suite.unsafe_code)
         tasks.require_usable(suite, theirs.tasks, file)
         asked = {key: raw[key] for key in ("suite", "limit", "chat_template", "slices") if key in raw}
         each = {name: fingerprint([asked, sha256]) for name, sha256 in theirs.sha256().items()}
         return Suite(suite, fingerprint([raw, each]), [], theirs.tasks, theirs.groups, each)
-    found = _items(suite, file)
+    try:
+        found = _items(suite, file)
+    except UserError:
+        raise
+    except LlmtuneError as error:  # the hub is out of reach
+        raise LlmtuneError(f"{error}; the rows can be a file of yours: items: {{{suite.suite}: ./FILE}}") from None
     ids = Counter(item.item_id for item in found)
     if twice := [identity for identity, number in ids.items() if number > 1]:
         raise DataError(suite.items or "items", [f"the id {identity!r} stands twice" for identity in twice])

@@ -77,7 +77,7 @@ def _code(task: Any) -> list[str]:
     return sorted(hashlib.sha256(code.read_bytes()).hexdigest() for code in beside)
 
 
-def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:
+def load(specs: Sequence[str | dict[str, Any]], place: Path, *, unsafe_code: bool = False) -> Tasks:
     """Tasks, groups and tags by name: from `tasks/` beside the suite, ours from evals/tasks, else lm-eval's own.
 
     A spec may be {"task": NAME, key: value} with any key of lm-eval's task files, such as num_fewshot; on a group or a tag it holds for
@@ -101,7 +101,9 @@ def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:
         if "dataset_kwargs" in overrides:  # a path in a suite is relative to the suite
             overrides["dataset_kwargs"] = _absolute_files(overrides["dataset_kwargs"], place.parent)
         with watched() as notes:
-            built = _Factory(place).build(index[name], overrides=overrides or None, registry=index)
+            built = _Factory(place, unsafe_code=unsafe_code).build(
+                index[name], overrides=overrides or None, registry=index
+            )
         for line in notes.lines():
             say(f"  {name}: lm-eval says: {line}")
         if hasattr(built, "get_all_tasks"):
@@ -118,9 +120,8 @@ def load(specs: Sequence[str | dict[str, Any]], place: Path) -> Tasks:
 def require_usable(suite: SuiteConfig, tasks: dict[str, Any], place: Path) -> None:
     """Raise ConfigError for code that would run unasked, pictures or sound, and for a rule on a metric no item has a value of."""
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
-    if unsafe and not suite.unsafe_code:
-        why = f"{unsafe[0]} runs the code that the model writes on this machine"
-        raise ConfigError(place, f"lm_eval: {why}; write unsafe_code: true where nothing here can come to harm")
+    if not suite.unsafe_code:
+        _require_safe(next(iter(unsafe), ""), bool(unsafe), place)
     if suite.unsafe_code and not unsafe:
         raise ConfigError(place, f"unsafe_code: has no effect: {', '.join(tasks)} run no code of the model")
     if other := [name for name, task in tasks.items() if getattr(task, "MULTIMODAL", False)]:
@@ -128,6 +129,12 @@ def require_usable(suite: SuiteConfig, tasks: dict[str, Any], place: Path) -> No
             place, f"lm_eval: {other[0]} asks about pictures or sound, and only text is given to a model here"
         )
     _require_gated(suite.gate, tasks, place)
+
+
+def _require_safe(name: str, unsafe: object, place: Path) -> None:
+    if unsafe:
+        why = f"{name} runs the code that the model writes on this machine"
+        raise ConfigError(place, f"lm_eval: {why}; write unsafe_code: true where nothing here can come to harm")
 
 
 def _require_gated(gate: dict[str, Any], tasks: dict[str, Any], place: Path) -> None:
@@ -156,11 +163,13 @@ def _require_gated(gate: dict[str, Any], tasks: dict[str, Any], place: Path) -> 
 class _Factory(TaskFactory):  # type: ignore[misc]
     """lm-eval's builder of tasks; files in a task file of one's own are relative to that file, and what goes wrong names the task."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *, unsafe_code: bool) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.unsafe_code = place, unsafe_code
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+        if entry.yaml_path and not self.unsafe_code:  # before the task's own code is imported, which may load more
+            _require_safe(entry.name, load_yaml(entry.yaml_path, resolve_func=False).get("unsafe_code"), self.place)
         try:
             return super()._build_task(entry, overrides)
         except ModuleNotFoundError as error:

@@ -144,6 +144,13 @@ def _generation_stops(folder: Path) -> list[int]:
     return []
 
 
+def positions(source: Source) -> int | None:
+    """Tokens the model has positions for, where its config.json says so."""
+    facts = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    found = facts.get("text_config", facts).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
 def load_model(
     source: Source,
     dtype: str = "auto",

@@ -325,3 +325,19 @@ TOOL = {
 def test_a_tool_call_is_held_against_its_schema(text: str, valid: int) -> None:
     item = Item("s", "i", "i", [{"role": "user", "content": "?"}], tools=[TOOL])
     assert _tool_call_valid(item, Observation("base", "s", "i", "answer", "0", text=text)) == valid
+
+
+def test_what_does_not_fit_is_named_before_any_weight_is_loaded(folder: Path) -> None:
+    raw = {"suite": "long", **HEAD, "items": "./asked.jsonl", "metrics": ["stops"], "max_new_tokens": 2000}
+    (folder / "long.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(
+        DataError, match=r"asked.jsonl:22: .* tokens and max_new_tokens \(2000\) are more than .* \(2048\)"
+    ):
+        evaluate(folder, suites=["./long.yaml"])
+
+
+def test_a_suite_that_is_not_there_is_told_from_one_beside(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no suite 'genral'; did you mean 'general'"):
+        load_suite("genral", folder / "eval.yaml")
+    with pytest.raises(ConfigError, match=r"there is no suite 'asked'; write ./asked.yaml for your own"):
+        load_suite("asked", folder / "eval.yaml")
