@@ -270,7 +270,7 @@ def _measured(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
 
 
 def _delta(audit: Audit, suite: str, metric: str, audited: Sequence[Pair], last: Last) -> dict[str, Any]:
-    """tuned - base over every item that counts, with its 90 % interval: by the judge, and with people's word where they gave it."""
+    """tuned - base over every item that both arms have a value of, with its 90 % interval: by the judge, and with people's word where they gave it."""
     records = [one for one in audit.records if (one.suite, one.metric) == (suite, metric)]
     known = {
         (pair.item_id, arm) for pair in audited if (pair.suite, pair.metric) == (suite, metric) for arm in pair.texts
@@ -319,9 +319,7 @@ def render(found: Mapping[str, Any]) -> str:
         f"{'tuned - base, 90 % interval':<32}{'items':>9}{'audited':>9}   by the judge, and by people where they looked",
     ]
     for row in found["deltas"]:
-        cells = "   ".join(
-            f"{row[who]['delta']:+.3f} [{row[who]['low']:+.3f}, {row[who]['high']:+.3f}]" for who in ("judge", "people")
-        )
+        cells = "   ".join(_change(row[who]) for who in ("judge", "people"))
         lines.append(f"{row['suite'] + '.' + row['metric']:<32}{row['n']:>9}{row['audited']:>9}   {cells}")
     if found["twice"]["answers"]:
         lines += [
@@ -329,6 +327,12 @@ def render(found: Mapping[str, Any]) -> str:
             f"{found['twice']['answers']} answers were seen by several people, who agree on {found['twice']['alike']}",
         ]
     return "\n".join(lines)
+
+
+def _change(of: Mapping[str, float | None]) -> str:
+    if of["delta"] is None:
+        return "no item is scored in both arms"
+    return f"{of['delta']:+.3f} [{of['low']:+.3f}, {of['high']:+.3f}]"
 
 
 def _interval(share: Mapping[str, float | None]) -> str:

@@ -129,7 +129,7 @@ def decide(
                 )
                 if rule:
                     parts[place] = _slices(pairs, versus, rule)
-    rows.sort(key=lambda row: (row.rule == REPORTED, row.name, row.versus != arms["base"]))
+    rows.sort(key=lambda row: (row.rule == REPORTED, row.versus != arms["base"], row.name))
     gating = _judged([row for row in rows if row.rule != REPORTED], "metrics")
     slices = _judged_slices(parts)
     word, summary = _summary(gating, [row for row in slices if row.verdict == "FAIL"])
@@ -160,7 +160,8 @@ def _summary(gating: Sequence[Row], failed_slices: Sequence[Row]) -> tuple[str, 
             f"These items cannot decide {listed(undecided)}; no gating metric is worse beyond chance.",
         )
     else:
-        word, said = "PASS", f"All {len(gating)} gating metrics pass."
+        word = "PASS"
+        said = f"All {len(gating)} gating metrics pass." if len(gating) > 1 else "The one gating metric passes."
     if floors := [row for row in gating if row.floor_effect]:
         said += f" Floor effect on {listed(floors)}: a PASS there is no evidence."
     return word, said
@@ -190,10 +191,11 @@ def _slices(pairs: Pairs, versus: str, rule: Mapping[str, float]) -> list[Row]:
     rows = []
     own = {kind: number for kind, number in rule.items() if kind in RULES}
     for field, value, part in paired.by_slice(pairs):
-        row, _, _ = paired.describe(part, versus, own)
+        row = paired.describe(part, versus, own)[0]
         if row.n < LEAST_SLICE or row.clusters < paired.LEAST_CLUSTERS:
             said = f"{row.n} items of {row.clusters} sources, and {LEAST_SLICE} of {paired.LEAST_CLUSTERS} are needed"
-            row = replace(row, verdict=INSUFFICIENT, reason=f"{said} to judge a slice")
+            said = f"{said} to judge a slice" + (f"; {row.missing_said}" if row.missing else "")
+            row = replace(row, verdict=INSUFFICIENT, reason=said)
         else:
             row = paired.measure(part, versus, own)
         rows.append(replace(row, slice=(field, value)))
@@ -221,18 +223,20 @@ def _judged(rows: Sequence[Row], what: str, times: int = 1) -> list[Row]:
 
 def _judge(row: Row, p_holm: float | None, over: str) -> Row:
     """The row with PASS, FAIL or INCONCLUSIVE, and why; with a floor the worse of the two."""
-    if row.reason or row.low is None or row.high is None or row.delta is None or row.margin is None:
+    if row.reason or row.low is None or row.high is None or row.bound is None or row.margin is None:
         floor = row.floor and replace(row.floor, verdict="INCONCLUSIVE")
         return replace(row, verdict="INCONCLUSIVE", reason=row.reason or "no item is scored in both arms", floor=floor)
-    low, high = (-row.high, -row.low) if row.higher_is_better else (row.low, row.high)
+    low, high = (-row.high, -row.bound) if row.higher_is_better else (row.low, row.bound)
     asked = f"{row.margin:g} is allowed" if row.limit > 0 else f"better by more than {row.margin:g} is asked"
-    reason = f"{'worse by at most' if high >= 0 else 'better by at least'} {abs(high):.4g} (95 % bound), where {asked}"
+    surely = "95 % bound, each missing answer counted against the tuned model" if row.missing else "95 % bound"
+    reason = f"{'worse by at most' if high >= 0 else 'better by at least'} {abs(high):.4g} ({surely}), where {asked}"
     more, needed = "", None
     if high < row.limit:
         word, more = "PASS", "; a real change for the worse, within what is allowed" if low > 0 else ""
     elif p_holm is not None and p_holm < ALPHA:
         word = "FAIL"
-        reason = f"worse by {abs(row.delta):.3g}, beyond chance (p = {p_holm:.2g} after Holm over {over})"
+        of = f" on the {row.n} items scored in both arms" if row.missing else ""
+        reason = f"worse by {abs(row.delta or 0.0):.3g}{of}, beyond chance (p = {p_holm:.2g} after Holm over {over})"
     else:
         word, needed = "INCONCLUSIVE", row.items_needed
         more = f"; about {needed} such items would decide" if needed else ""
@@ -242,14 +246,20 @@ def _judge(row: Row, p_holm: float | None, over: str) -> Row:
         more += f"; {_floor_said(row.floor, row.tuned or 0.0)}"
         open_ones = [n for w, n in zip(words, (needed, row.floor.items_needed), strict=True) if w == "INCONCLUSIVE"]
         needed = max([n for n in open_ones if n], default=None) if word == "INCONCLUSIVE" and all(open_ones) else None
-    if any(row.unscored.values()):
-        more += f"; {sum(row.unscored.values())} missing scores count against the tuned model"
+    if row.missing:
+        more += f"; {row.missing_said}"
+        lost = row.missing - row.incoherent
+        more += _first_get(lost) if lost and word == "INCONCLUSIVE" and not needed else ""
     return replace(row, verdict=word, reason=reason + more, p_holm=p_holm, items_needed=needed)
+
+
+def _first_get(lost: int) -> str:
+    return f"; first get the {lost} missing answers" if lost > 1 else "; first get the missing answer"
 
 
 def _floor_said(floor: Floor, mean: float) -> str:
     most = floor.rule == FLOORS["at_most"]
-    end = floor.low if (floor.verdict == "FAIL") == most else floor.high
+    end = floor.bound if floor.verdict != "FAIL" else floor.low if most else floor.high
     side = "at least" if (floor.verdict == "FAIL") == most else "at most"
     asked = f"where {floor.rule} {floor.limit:g} is {'allowed' if most else 'asked'}"
     said = f"its own mean, {mean:.3g}, is {side} {end:.3g} (95 % bound), {asked}"

@@ -64,13 +64,13 @@ def by_slice(pairs: Pairs) -> Iterator[tuple[str, str, Pairs]]:
         yield from ((field, value, found[value]) for value in sorted(found))
 
 
-def describe(pairs: Pairs, versus: str, rule: Rule) -> tuple[Row, Pairs, bool]:
-    """The row of counts and means; the pairs that count (not excluded and, if graded, scored in both arms); are all 0 or 1?"""
+def describe(pairs: Pairs, versus: str, rule: Rule) -> tuple[Row, Pairs, Pairs, bool]:
+    """The row of counts and means; the pairs that are scored in both arms; all that are not excluded; are all values 0 or 1?"""
     one, other = pairs[0]
     kept = [pair for pair in pairs if pair[0].excluded is None]
     values = {score.value for pair in kept for score in pair if score.value is not None}
     binary = values <= {0, 1}
-    used = kept if binary else [(a, b) for a, b in kept if a.value is not None and b.value is not None]
+    used = [(a, b) for a, b in kept if a.value is not None and b.value is not None]
     names, arms = (versus, other.arm), [[pair[i] for pair in kept] for i in (0, 1)]
     kind = next((kind for kind in RULES if kind in rule), REPORTED)
     clusters = len({a.cluster_id for a, _ in used})
@@ -81,47 +81,63 @@ def describe(pairs: Pairs, versus: str, rule: Rule) -> tuple[Row, Pairs, bool]:
     row = replace(
         row,
         unscored={name: sum(s.value is None for s in arm) for name, arm in zip(names, arms, strict=True)},
+        incoherent=sum(s.value is None and s.outcome == "incoherent" for arm in arms for s in arm),
         excluded=dict(Counter(why_excluded(a.excluded) for a, _ in pairs if a.excluded is not None)),
         outcomes={name: seen for name, seen in outcomes.items() if seen},
     )
     if used:
         base, tuned = _values(used, row.higher_is_better)
         row = replace(row, base=float(base.mean()), tuned=float(tuned.mean()), delta=float((tuned - base).mean()))
-    return row, used, binary
+    return row, used, kept, binary
 
 
 def measure(pairs: Pairs, versus: str, rule: Rule) -> Row:
     """The row before judgement: no verdict, and a reason only where nothing but INCONCLUSIVE is possible."""
-    row, used, binary = describe(pairs, versus, rule)
+    row, used, kept, binary = describe(pairs, versus, rule)
     higher, clusters, reason = row.higher_is_better, [a.cluster_id for a, _ in used], ""
-    if not binary and any(row.unscored.values()):
-        missing = sum(row.unscored.values())
-        reason = f"{missing} scores are missing, and a graded metric has no worst value to stand in for them"
+    if row.missing and not binary:
+        reason = f"{row.missing_said}, and a graded metric has no worst value to stand in for them"
     elif row.clusters < LEAST_CLUSTERS:
         reason = f"{row.clusters} independent items (clusters) are too few: {LEAST_CLUSTERS} are needed to judge at all"
+        reason = f"{row.missing_said}; {reason}" if row.missing else reason
     if not used:
         return replace(row, reason=reason)
     base, tuned = _values(used, higher)
-    started = np.array([a.value is not None for a, _ in used])  # the rest cannot be shown to have become worse
     worse = base - tuned if higher else tuned - base
     ends = [end for values in (base, tuned) for end in (float(values.min()), float(values.max()))]
     lowest, spread = (0.0, 1.0) if binary else (min(ends), (max(ends) - min(ends)) or 1.0)
     low, high, method = interval(worse, clusters, binary, spread)
     low, high = (0 - high, 0 - low) if higher else (low, high)
-    chance = None if reason else p_value(worse * started, clusters, binary)
+    chance = None if reason else p_value(worse, clusters, binary)
     row = replace(row, low=low, high=high, method=method, reason=reason, p_value=chance)
     if row.margin is None:
         seen = "lower than" if high < 0 else "higher than" if low > 0 else "not told apart from"
         return replace(row, reason=reason or f"{seen} {versus}; decides nothing")
+    return _whatever_is_missing(row, used, kept if binary else used, rule, None if binary else (lowest, spread))
+
+
+def _whatever_is_missing(row: Row, used: Pairs, kept: Pairs, rule: Rule, graded: tuple[float, float] | None) -> Row:
+    """The row with its bound, floor and items needed: each missing 0/1 value of `kept` counts against the tuned model.
+
+    graded: the lowest value and the spread of a metric that is not 0/1.
+    """
+    higher, clusters = row.higher_is_better, [a.cluster_id for a, _ in kept]
+    base, tuned = _values(kept, higher)
+    binary, span, worse = graded is None, graded or (0.0, 1.0), base - tuned if higher else tuned - base
+    _, most, method = interval(worse, clusters, binary, span[1])
     net, sizes = stats.sums_by_cluster(worse, clusters)
     variance = float(((net - (0 if binary else worse.mean()) * sizes) ** 2).sum() / len(worse))
-    together = row.n / row.clusters
+    together = len(worse) / len(sizes)
     if method == TANGO_CLUSTERED:
         together = stats.design_effect(worse, clusters, CONFIDENCE)
         variance = together * float((worse**2).mean())
-    needed = _items_needed(row, float(worse.mean()), variance, together, 0.0 if method == BOOTSTRAP else spread)
-    row = replace(row, floor_effect=_floor_effect(row, base[started]) if binary else None, items_needed=needed)
-    floors = [_floor(tuned, clusters, kind, limit, lowest, spread) for kind, limit in rule.items() if kind in FLOORS]
+    least = LEAST_CLUSTERS * len(worse) / len(sizes)
+    needed = _items_needed(row, worse, least, variance, together, 0.0 if method == BOOTSTRAP else span[1])
+    started = np.array([a.value for a, _ in kept if a.value is not None])
+    floor_effect = _floor_effect(row, started) if binary else None
+    row = replace(row, bound=0 - most if higher else most, items_needed=needed, floor_effect=floor_effect)
+    scored = _values(used, higher)[1], [a.cluster_id for a, _ in used]
+    floors = [_floor(scored, (tuned, clusters), kind, limit, span) for kind, limit in rule.items() if kind in FLOORS]
     return replace(row, floor=floors[0] if floors else None)
 
 
@@ -179,28 +195,41 @@ def _tango(worse: stats.Floats, clusters: Sequence[str], spread: float) -> tuple
     return min(low, least), max(high, most)
 
 
-def _floor(tuned: stats.Floats, clusters: list[str], kind: str, limit: float, lowest: float, spread: float) -> Floor:
-    """The tuned arm's own mean against its limit, by a score interval where few clusters differ, else by the bootstrap."""
+Level = tuple[stats.Floats, list[str]]
+
+
+def _floor(scored: Level, worst: Level, kind: str, limit: float, span: tuple[float, float]) -> Floor:
+    """The tuned arm's own mean against its limit, beyond it by what is scored and within it whatever is missing."""
+    most = kind == "at_most"
+    low, high, method, _ = _level(*scored, limit, *span)
+    *ends, _, at_limit = _level(*worst, limit, *span)
+    bound = ends[1] if most else ends[0]
+    inside, beyond = (bound <= limit, low > limit) if most else (bound >= limit, high < limit)
+    by_missing = (high <= limit if most else low >= limit) and not inside
+    tuned, clusters = worst
     net, sizes = stats.sums_by_cluster(tuned, clusters)
     mean, size = float(tuned.mean()), len(tuned) / len(sizes)
-    differing = len(net) - max(Counter(np.round(net / sizes, 9).tolist()).values())
-    zero_one = (lowest, spread) == (0.0, 1.0) and set(tuned.tolist()) <= {0.0, 1.0}
-    at_limit: float | None = None
-    if (zero_one and len(net) == len(tuned)) or differing < LEAST_CHANGED:
-        low, high = stats.wilson_over_clusters(tuned, clusters, CONFIDENCE, lowest, spread)
-        method, share = WILSON, min(1.0, max(0.0, (limit - lowest) / spread))
-        at_limit = share * (1 - share) * spread**2
-    else:
-        low, high = _bootstrap(tuned, clusters)
-        method = BOOTSTRAP
-    inside, beyond = (high <= limit, low > limit) if kind == "at_most" else (low >= limit, high < limit)
-    distance, needed = (limit - mean) if kind == "at_most" else (mean - limit), None
-    if not inside and not beyond and distance > 0:
+    distance, needed = (limit - mean) if most else (mean - limit), None
+    if not inside and not beyond and not by_missing and distance > 0:
         variance = float(((net - mean * sizes) ** 2).sum() / len(tuned)) / size
         needed = math.ceil(max(LEAST_CLUSTERS, stats.items_needed_alone(variance, distance, at_limit)) * size)
     promised = needed if needed and len(tuned) < needed <= 100 * len(tuned) else None
     word = "PASS" if inside else "FAIL" if beyond else "INCONCLUSIVE"
-    return Floor(FLOORS[kind], limit, low, high, method, word, promised)
+    return Floor(FLOORS[kind], limit, low, high, bound, method, word, promised)
+
+
+def _level(
+    tuned: stats.Floats, clusters: list[str], limit: float, lowest: float, spread: float
+) -> tuple[float, float, str, float | None]:
+    """Low and high of a mean, by a score interval where few clusters differ, else the bootstrap; its variance at the limit."""
+    net, sizes = stats.sums_by_cluster(tuned, clusters)
+    differing = len(net) - max(Counter(np.round(net / sizes, 9).tolist()).values())
+    zero_one = (lowest, spread) == (0.0, 1.0) and set(tuned.tolist()) <= {0.0, 1.0}
+    if not (zero_one and len(net) == len(tuned)) and differing >= LEAST_CHANGED:
+        return *_bootstrap(tuned, clusters), BOOTSTRAP, None
+    low, high = stats.wilson_over_clusters(tuned, clusters, CONFIDENCE, lowest, spread)
+    share = min(1.0, max(0.0, (limit - lowest) / spread))
+    return low, high, WILSON, share * (1 - share) * spread**2
 
 
 def _floor_effect(row: Row, base: stats.Floats) -> str | None:
@@ -219,17 +248,23 @@ def _floor_effect(row: Row, base: stats.Floats) -> str | None:
     return f"{words.format(at=at, n=len(base), place=place)}, so this suite cannot show {change}{beyond}"
 
 
-def _items_needed(row: Row, worse: float, variance: float, together: float, spread: float) -> int | None:
+def _items_needed(
+    row: Row, worse: stats.Floats, least: float, variance: float, together: float, spread: float
+) -> int | None:
     """For a model that did not change; where that cannot PASS, or so many are there already, for the change as seen.
 
-    together: items that count as one.
+    None where what is scored would PASS: then the missing answers are needed, and more items would miss as many.
+    worse: with the missing ones at their worst. least: items that make enough clusters. together: items that count as one.
     """
-    assert row.margin is not None
-    least = LEAST_CLUSTERS * row.n / row.clusters
-    for distance in (row.limit, row.limit - worse):
+    assert row.margin is not None and row.delta is not None and row.low is not None and row.high is not None
+    scored, highest = (-row.delta, -row.low) if row.higher_is_better else (row.delta, row.high)
+    if row.missing and highest < row.limit:
+        return None
+    mean = float(worse.mean())
+    for distance in (row.limit - (mean - scored), row.limit - mean):
         if distance > row.margin / 10:
             items = stats.items_needed(variance / together, distance, spread=spread) * together
-            if (needed := math.ceil(max(items, least) - 1e-6)) > row.n:
+            if (needed := math.ceil(max(items, least) - 1e-6)) > len(worse):
                 return needed
     return None
 

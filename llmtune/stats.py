@@ -343,7 +343,7 @@ def corrected_rates(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:
-    """(value, low, high) of "base" and "tuned", within [0, 1], and "delta" without the errors of the test that gave them.
+    """(value, low, high) of "base" and "tuned", within [0, 1], and "delta", within [-1, 1], without the errors of the test that gave them.
 
     base, tuned: shape (n,), 0 or 1 as the test said, NaN where it said nothing. clusters: n labels. confusion: what the
     test said of items whose truth is known, as "tp", "fp", "fn" and "tn". A bootstrap that weighs clusters (Bayesian, so
@@ -374,7 +374,7 @@ def corrected_rates(
     told = {}
     for name, (value, rates) in found.items():
         ends = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
-        value, low, high = np.clip([value, *ends], *((-np.inf, np.inf) if name == "delta" else (0, 1))).tolist()
+        value, low, high = np.clip([value, *ends], -1 if name == "delta" else 0, 1).tolist()
         told[name] = value, low, high
     return told
 

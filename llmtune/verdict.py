@@ -29,15 +29,17 @@ Numbers = dict[str, float]
 class Floor:
     """The tuned arm's own mean against a limit that does not move with the base.
 
-    rule: "at most" or "at least". low, high: 90 % interval of the mean, each end a one-sided 95 % bound. verdict: PASS when
-    the interval lies within the limit, FAIL when it lies beyond it, else INCONCLUSIVE, with about how many such items
-    would PASS with 80 % power, if any number would.
+    rule: "at most" or "at least". low, high: 90 % interval of the mean of what is scored, each end a one-sided 95 % bound.
+    bound: the end on the harmful side with every missing 0/1 answer as a bad one. verdict: PASS when the bound lies within
+    the limit, FAIL when the interval lies beyond it, else INCONCLUSIVE, with about how many such items would PASS with 80 %
+    power, if any number would.
     """
 
     rule: str
     limit: float
     low: float
     high: float
+    bound: float
     method: str
     verdict: str
     items_needed: int | None = None
@@ -47,9 +49,11 @@ class Floor:
 class Row:
     """One metric, the tuned arm against the arm named in `versus`, whose mean is `base`; or one slice of it.
 
-    delta: tuned - base, an unscored 0/1 item counting as bad in tuned and as good in base. low, high: 90 % interval
-    of delta; the end on the harmful side (low where higher is better, else high) is the one-sided 95 % bound that
-    decides. p_value: one-sided, that tuned is worse; p_holm: the same over all gating metrics, for a slice over all slices.
+    n, clusters: of the items that are scored in both arms, from which base, tuned, delta, low, high and p_value come.
+    delta: tuned - base. low, high: its 90 % interval. bound: the one-sided 95 % bound on the harmful side, which decides on
+    PASS: the end of the interval (low where higher is better, else high), but with every missing 0/1 value as bad in tuned
+    and as good in base. unscored: missing values by arm; incoherent: how many of them are incoherent answers.
+    p_value: one-sided, that tuned is worse; p_holm: the same over all gating metrics, for a slice over all slices.
     items_needed: about how many such items PASS with 80 % power. verdict: None if only reported; with a floor the worse of
     both. A PASS with a floor_effect is no evidence. excluded: items left out, by reason. outcomes: arm -> what the judge
     saw -> items. noise: items, flips and mean absolute change of the base when nothing but the batch size changes.
@@ -66,11 +70,13 @@ class Row:
     n: int
     clusters: int
     unscored: dict[str, int] = field(default_factory=dict)
+    incoherent: int = 0
     base: float | None = None
     tuned: float | None = None
     delta: float | None = None
     low: float | None = None
     high: float | None = None
+    bound: float | None = None
     method: str | None = None
     p_value: float | None = None
     p_holm: float | None = None
@@ -90,6 +96,16 @@ class Row:
     def name(self) -> str:
         of_slice = " where {} = {}".format(*self.slice) if self.slice else ""
         return "".join(c if c.isprintable() else "\ufffd" for c in f"{self.suite}.{self.metric}{of_slice}")
+
+    @property
+    def missing(self) -> int:
+        return sum(self.unscored.values())
+
+    @property
+    def missing_said(self) -> str:
+        arms = ", ".join(f"{count} of {arm}" for arm, count in self.unscored.items())
+        words = f"; {self.incoherent} incoherent" if self.incoherent else ""
+        return f"{self.missing} answer{'s are' if self.missing != 1 else ' is'} missing ({arms}{words})"
 
     @property
     def limit(self) -> float:
@@ -193,9 +209,24 @@ def said(verdict: Verdict) -> list[tuple[str, str]]:
         if counted := slices_said(verdict, row):
             lines.append((row.name, counted))
     lines += [(row.name, row.reason) for row in verdict.failed_slices]
-    for name, change in verdict.overrides.items():
-        lines.append((name, f"{change['to']:g} was set for this run, where the suite has {change['from']:g}"))
-    return lines
+    return lines + _beaten(verdict) + _overridden(verdict)
+
+
+def _beaten(verdict: Verdict) -> list[tuple[str, str]]:
+    """What examples in the prompt do better than the tune, beyond the 90 % interval."""
+    against = [row for row in verdict.rows if row.versus != verdict.arms["base"]]
+    better = [row for row in against if ((row.high or 0) < 0 if row.higher_is_better else (row.low or 0) > 0)]
+    return [
+        (row.name, f"{row.versus} does better than the tune, beyond the 90 % interval; that decides nothing")
+        for row in better
+    ]
+
+
+def _overridden(verdict: Verdict) -> list[tuple[str, str]]:
+    return [
+        (name, f"{change['to']:g} was set for this run, where the suite has {change['from']:g}")
+        for name, change in verdict.overrides.items()
+    ]
 
 
 def slices_said(verdict: Verdict, row: Row) -> str:
@@ -268,16 +299,18 @@ def render_junit(verdict: Verdict) -> str:
         attributes = {"name": suite, "tests": len(rows), "failures": counts["failure"], "errors": counts["error"]}
         group = ET.SubElement(root, "testsuite", {k: _valid(str(v)) for k, v in attributes.items()})
         facts = {"verdict": verdict.verdict, "summary": verdict.summary, "subject": verdict.subject.get("sha256", "")}
+        facts |= {f"override: {name}": text for name, text in _overridden(verdict) if name.startswith(f"{suite}.")}
         properties = ET.SubElement(group, "properties")
         for name, value in facts.items():
-            ET.SubElement(properties, "property", name=name, value=_valid(value))
+            ET.SubElement(properties, "property", name=_valid(name), value=_valid(value))
         for row in rows:
             name = row.name.removeprefix(f"{suite}.")
             case = ET.SubElement(group, "testcase", classname=_valid(suite), name=_valid(name), time="0")
             if tag := JUNIT.get(row.verdict or ""):
                 ET.SubElement(case, tag, type=str(row.verdict), message=_valid(row.reason))
             line = _line(row) + (f"\n{_floor_line(row, row.floor)}" if row.floor else "")
-            ET.SubElement(case, "system-out").text = _valid("\n".join([line, *row.notes]))
+            overridden = [text for key, text in _overridden(verdict) if key == f"{row.suite}.{row.metric}"]
+            ET.SubElement(case, "system-out").text = _valid("\n".join([line, *row.notes, *overridden]))
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 

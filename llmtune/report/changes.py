@@ -48,10 +48,16 @@ def _told(row: Mapping[str, Any], groups: Mapping[str, str], noise: Mapping[str,
         "threshold": None if margin is None else side * margin,
         "floor_at": floor_at,  # where, as a change from this base, the model's own limit lies
         "figures": f"{delta} [{low}, {high}]{unit}",
+        "bound_said": figure(row["bound"], metric, signed=True, unit=False) if _missing(row) else None,
         "noise": (measured := row.get("noise") or noise.get(row["suite"], {}).get(metric)),
         "noise_said": _noise_said(measured, row["delta"]) if measured else None,
         "noise_at": measured["mean_abs_delta"] if measured else None,
     }
+
+
+def _missing(row: Mapping[str, Any]) -> bool:
+    """Does the bound that decides differ from the interval, which is of what is scored?"""
+    return row.get("bound") is not None and any(row["unscored"].values())
 
 
 def _noise_said(measured: Mapping[str, Any], delta: float | None) -> str | None:
@@ -67,7 +73,7 @@ def nearest(rows: Rows) -> dict[str, Any] | None:
     """Of the gating rows that pass, the one whose bound leaves the least of its margin."""
     left = {}
     for i, row in enumerate(rows):
-        bound = row["low"] if row["higher_is_better"] else row["high"]
+        bound = row.get("bound")
         if row["verdict"] == "PASS" and row["margin"] and bound is not None:
             left[i] = abs(bound - row["threshold"]) / row["margin"]
     return rows[min(left, key=lambda i: left[i])] if left else None

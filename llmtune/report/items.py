@@ -80,7 +80,7 @@ def binary(records: Iterable[Score]) -> list[tuple[str, str]]:
 def flips(records: Sequence[Score], arms: Mapping[str, str]) -> Rows:
     """Whatever differs between base and tuned in a 0/1 metric: in value, or in what the judge saw.
 
-    A missing value is the worst one of the tuned arm and the best one of the base, as the gate counts it.
+    A missing value is the worst one of the tuned arm and the best one of the base, as the gate counts it before it lets a model PASS.
     """
     pairs: dict[tuple[str, str, str], dict[str, Score]] = {}
     kinds = set(binary(records))
