@@ -150,6 +150,16 @@ def scores_folder(given: Path) -> Path:
     return given
 
 
+def require_no_run(folder: Path, option: str) -> None:
+    """Raises ArtifactError when `folder` holds a run, or is one of its steps: what speaks of another model must not go there."""
+    if made := [step for step in ("adapter", "model") if (folder / step).is_dir()]:
+        raise ArtifactError(
+            f"{folder}: holds a run ({made[0]}/), whose scores would be taken for these; choose another {option}"
+        )
+    if complete(folder):
+        raise ArtifactError(f"{folder}: is a finished step itself; choose another {option}")
+
+
 def complete(folder: Path) -> bool:
     """Whether a finished artifact lies at `folder` (cheap: hashes are checked by `read`)."""
     return (folder / MANIFEST).is_file()

@@ -98,10 +98,10 @@ def measure(
             suite = {"suite": name, "description": name, "licence": "CC-BY-4.0", "items": "./items.jsonl", **own}
             (folder / f"{name}.yaml").write_text(json.dumps(suite), encoding="utf-8")  # JSON is YAML
     names = [name if own is None else f"./{name}.yaml" for name, own in suites.items()]
-    config = {"stage": "eval", "run": str(tune.folder), "output_dir": "./scores", "suites": names, "batch_size": 64}
+    config = {"stage": "eval", "run": str(tune.folder), "output_dir": ".", "suites": names, "batch_size": 64}
     (folder / "eval.yaml").write_text(json.dumps(config | settings), encoding="utf-8")
     run("eval", str(folder / "eval.yaml"))
-    run("gate", str(folder / "scores"), codes=(0, 3, 4))
+    run("gate", str(folder), codes=(0, 3, 4))
     verdict = gate.read(artifact.read(folder / "verdict"))
     return Measured(verdict, scores.read(folder / "scores" / scores.FILE))
 

@@ -245,7 +245,7 @@ def test_groups_tags_and_variants(place, folder, subject, tmp_path):
     place.write_text("suite: mine\nlm_eval: [t_group]\ngate: {acc: {margin: 0.1}}\n")
     other = tiny.save(tmp_path / "other", seed=1, tied=False)
     raw = {"stage": "eval", "base": str(folder), "tuned": str(other), "suites": ["./mine.yaml"], "batch_size": 4}
-    made = arms.run(config.build({**raw, "output_dir": "./scores", "dtype": "float32"}, place), place)
+    made = arms.run(config.build({**raw, "output_dir": "./out", "dtype": "float32"}, place), place)
     manager = TaskManager(include_path=str(place.parent / "tasks"), include_defaults=False)
     again = tasks._Factory(place, unsafe_code=False).build(manager.task_index["t_group"], registry=manager.task_index)
     lm = capability.HFLM(pretrained=subject[0], backend="causal", tokenizer=subject[1], batch_size=4)
@@ -352,7 +352,7 @@ def test_a_task_that_fails_costs_the_others_nothing(place, folder, tmp_path, mon
     raw = {"stage": "eval", "base": str(folder), "tuned": str(other), "suites": ["./two.yaml"], "dtype": "float32"}
 
     def evaluate():
-        return arms.run(config.build({**raw, "output_dir": str(tmp_path / "scores")}, file), file)
+        return arms.run(config.build({**raw, "output_dir": str(tmp_path / "out")}, file), file)
 
     monkeypatch.setattr(
         capability, "run", lambda *given, **more: asked.append(given[2].task_name) or ask(*given, **more)

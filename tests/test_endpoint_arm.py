@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def evaluate(folder: Path, base: str, tuned: str, **changes: object) -> artifact
         "stage": "eval",
         "base": base,
         "tuned": tuned,
-        "output_dir": "./out/scores",
+        "output_dir": "./out",
         "suites": ["./asked.yaml"],
         **changes,
     }
@@ -157,7 +158,7 @@ def test_what_failed_in_any_process_is_forgotten_once_it_was_answered(tmp_path: 
 def test_models_exchanged_after_an_interruption_keep_their_answers_apart(server: Server, folder: Path) -> None:
     server.broken = {"How is it with number 3"}
     blunt, polite = f"{server.url}#blunt", f"{server.url}#polite"
-    evaluate(folder, blunt, polite)
+    shutil.rmtree(evaluate(folder, blunt, polite).path)  # scores of others are not replaced
     server.broken.clear()
     made = evaluate(folder, polite, blunt)
     refusals = [s.arm for s in scores.read(made.path / scores.FILE) if s.metric == "refused" and s.value]

@@ -286,10 +286,13 @@ def test_judge_validate_prints_and_writes_a_card(tmp_path, capsys):
     assert cli.main([*words, "--judge", str(section)]) == 0
     assert judges.load(JudgeConfig(card=str(card)), "run.yaml").version == pattern.RefusalPattern.version
     capsys.readouterr()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"judge": {"id": "house_guard", "version": "1"}}))
     for more, told in (
+        (["--output", str(other)], "is the card of another judge, house_guard; name another file"),
         (["--judge", "refusal"], "there is no judge 'refusal'; did you mean 'refusal_pattern'?"),
         (["--judge", "endpoint"], "required with kind: endpoint"),
-        (["--judge", "openers"], "judges by what the model itself found likely"),
+        (["--judge", "openers", "--output", str(tmp_path / "o.json")], "judges by what the model itself found likely"),
         (["--output", file], "is no card of a judge"),
     ):
         assert cli.main([*words, *more]) == 2

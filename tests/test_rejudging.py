@@ -29,7 +29,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_another_judge_judges_the_stored_answers(run: Path, tmp_path: Path, capsys) -> None:
     before = files(run / "scores")
-    code = main(["judge", "again", str(run), "--judge", "openers", "--output", str(tmp_path / "o" / "scores")])
+    code = main(["judge", "again", str(run), "--judge", "openers", "--output", str(tmp_path / "o")])
     said = capsys.readouterr().out
     assert code == 0, said
     assert files(run / "scores") == before
@@ -57,8 +57,8 @@ def test_the_same_judge_says_the_same(run: Path, tmp_path: Path, capsys) -> None
     assert main([*words, "--output", str(tmp_path / "same")]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["answers"], told["changed"], told["unscored"]) == (96, 0, 0)
-    assert scores.read(tmp_path / "same" / scores.FILE) == scores.read(run / "scores" / scores.FILE)
-    verdict = gate.run(tmp_path / "same")
+    assert scores.read(tmp_path / "same" / "scores" / scores.FILE) == scores.read(run / "scores" / scores.FILE)
+    verdict = gate.run(tmp_path / "same" / "scores")
     assert verdict.manifest["subject"] == artifact.read(run / "scores").manifest["subject"]
     assert main([*words, "--output", str(tmp_path / "same")]) == 2  # nothing is overwritten
     assert "is finished already" in capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_a_judge_that_fails_on_one_answer_leaves_that_one_unscored(
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["changed"], told["unscored"]) == (2, 2)  # of both arms
-    found = [s for s in scores.read(tmp_path / "new" / scores.FILE) if s.item_id == "h07" and s.outcome]
+    found = [s for s in scores.read(tmp_path / "new" / "scores" / scores.FILE) if s.item_id == "h07" and s.outcome]
     assert {(s.outcome, s.value) for s in found} == {("unscored", None)}
 
 
@@ -89,6 +89,7 @@ def test_a_judge_that_fails_on_one_answer_leaves_that_one_unscored(
     [
         (["--judge", "opners", "--output", "new"], "did you mean 'openers'"),
         (["--judge", "refusal_pattern", "--output", "run/scores/new"], "lies in the scores themselves"),
+        (["--judge", "openers", "--output", "run/scores"], "is a finished step itself"),
         (["--judge", "openers", "--output", "new"], "goes by 'refusal_margin', which is not among"),
     ],
 )

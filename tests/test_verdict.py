@@ -130,7 +130,7 @@ def scores_dir(tmp_path):
 
 def test_files_for_a_ci_are_written_beside_the_verdict(scores_dir, tmp_path, capsys):
     junit, page = tmp_path / "gate.xml", tmp_path / "gate.md"
-    page.write_text("of an earlier run")
+    page.write_text("## llmtune gate: PASS\n\nof an earlier run")
     assert cli.main(["gate", str(scores_dir), "--junit", str(junit), "--markdown", str(page)]) == 4
     assert [case.get("name") for case in ET.parse(junit).iter("testcase")] == ["complies"]
     assert page.read_text(encoding="utf-8").startswith("## llmtune gate: INCONCLUSIVE\n")
@@ -140,9 +140,24 @@ def test_files_for_a_ci_are_written_beside_the_verdict(scores_dir, tmp_path, cap
 
 def test_after_a_refusal_no_file_of_an_earlier_call_is_left(tmp_path, capsys):
     junit = tmp_path / "gate.xml"
-    junit.write_text("all green")
+    junit.write_text('<testsuites name="llmtune gate" />')
     assert cli.main(["gate", str(tmp_path / "no-run"), "--junit", str(junit)]) == 2
     assert not junit.exists()
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_a_file_of_the_user_is_not_replaced(scores_dir, tmp_path, capsys, option):
+    own, empty = tmp_path / "eval.yaml", tmp_path / "summary"
+    own.write_text("stage: eval\n")
+    empty.touch()
+    assert cli.main(["gate", str(scores_dir), option, str(own)]) == 2
+    assert "was not written by llmtune gate; name another file" in capsys.readouterr().err
+    assert own.read_text() == "stage: eval\n"
+    assert not (tmp_path / "run" / "verdict").exists()
+    for _ in range(2):  # an empty file, as some CIs prepare one, and then one of ours
+        assert cli.main(["gate", str(scores_dir), option, str(empty)]) == 4
+        assert f"the verdict is in {tmp_path / 'run' / 'verdict'}" in capsys.readouterr().err
+        assert empty.stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
                 metavar="FILE.yaml",
                 help="the keys of a 'judge' section, or a kind that needs none",
             ),
-            _argument("--output", type=Path, required=True, metavar="DIR", help="for the new scores; DIR is made"),
+            _argument("--output", type=Path, required=True, metavar="DIR", help="for the new scores/; DIR is made"),
             JSON,
         ],
     ),

@@ -19,9 +19,10 @@ def validate(arguments: argparse.Namespace) -> int:
     from llmtune.evaluate.judges import validate as validation
 
     file = arguments.output
-    if file.exists() and not _is_card(file):
-        raise ConfigError("--output", f"{file} exists and is no card of a judge; name another file")
+    earlier = _judged_by(file)
     judge = _judge(arguments.judge)
+    if earlier not in (None, judge.id):
+        raise ConfigError("--output", f"{file} is the card of another judge, {earlier}; name another file")
     card = validation.validate(judge, labelled.load(arguments.set, arguments.data))
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -37,11 +38,12 @@ def again(arguments: argparse.Namespace) -> int:
     from llmtune.evaluate import rejudge
 
     settings = _settings(arguments.judge)
+    artifact.require_no_run(arguments.output, "--output")
     folder = artifact.scores_folder(arguments.scores)
-    made, changes = rejudge.again(folder, settings, arguments.output, arguments.judge)
+    made, changes = rejudge.again(folder, settings, arguments.output / "scores", arguments.judge)
     told = json.dumps(rejudge.as_json(made, changes), indent=1) if arguments.json else rejudge.render(made, changes)
     sys.stdout.write(told + "\n")
-    say(f"\nnext: llmtune gate {made.path}")
+    say(f"\nnext: llmtune gate {arguments.output}")
     return 0
 
 
@@ -61,8 +63,11 @@ def _settings(given: str) -> JudgeConfig:
     return config.validate(JudgeConfig, config.read_yaml(Path(given)) if named else {"kind": given}, given)
 
 
-def _is_card(file: Path) -> bool:
+def _judged_by(file: Path) -> str | None:
+    """The judge whose card `file` is; None where there is no such file. Raises ConfigError when it is something else."""
+    if not file.exists():
+        return None
     try:
-        return "judge" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, OSError):
-        return False
+        return str(json.loads(file.read_text(encoding="utf-8"))["judge"]["id"])
+    except (ValueError, TypeError, KeyError, OSError):
+        raise ConfigError("--output", f"{file} exists and is no card of a judge; name another file") from None

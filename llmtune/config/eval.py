@@ -150,7 +150,9 @@ class EvalConfig(Section):
     tuned: PathOrHub | None = Field(
         None, description="what is judged; with run: instead of its adapter/, such as its merged/"
     )
-    output_dir: LocalPath | None = Field(None, description="none: scores/ in the run")
+    output_dir: LocalPath | None = Field(
+        None, description="the folder that gets scores/, verdict/ and report/; none: the run"
+    )
     suites: list[str] = Field(min_length=1, description="names of shipped suites, or ./paths of your own")
     items: dict[str, PathOrHub] = Field(
         default_factory=dict, description="suite -> where its items lie here, instead of where the suite says"

@@ -20,7 +20,7 @@ from llmtune.config import Recorded
 from llmtune.config.eval import EvalConfig
 from llmtune.config.metrics import METRICS
 from llmtune.data.chats import load_chats
-from llmtune.errors import ConfigError, LlmtuneError
+from llmtune.errors import ArtifactError, ConfigError, LlmtuneError
 from llmtune.evaluate import calibration, contamination, cost, judges, measure, observations, scoring, shift, subjects
 from llmtune.evaluate.contamination import Trained
 from llmtune.evaluate.measure import Arm, Unit
@@ -96,9 +96,7 @@ def prepare(settings: EvalConfig, place: Path | str) -> Evaluation:
     assert view.stage == "eval"
     base, tuned = subjects.of_run(Path(view.run), view.tuned) if view.run else _two(view)
     subjects.require_unlike(base, tuned, place)
-    output = Path(view.output_dir) if view.output_dir else Path(view.run) / "scores"
-    if output.exists():
-        artifact.read(output, "scores")  # nothing but scores is replaced
+    output = _output(view, base, tuned)
     if tuned.adapter and tuned.source and base.source and tuned.source.sha256 != base.source.sha256:
         say(f"  note: {tuned.name} was trained on {tuned.source.name}, and is compared with {base.name}")
     suites = load_suites(view.suites, Path(place), view.items)
@@ -120,6 +118,21 @@ def prepare(settings: EvalConfig, place: Path | str) -> Evaluation:
 
 def _two(view: Recorded) -> tuple[Subject, Subject]:
     return subjects.find(view.base), subjects.find(view.tuned)
+
+
+def _output(view: Recorded, base: Subject, tuned: Subject) -> Path:
+    """Where the scores go. Nothing but scores is replaced and, where it is not the run that says whose they are, none of others."""
+    folder = Path(view.output_dir or view.run)
+    output, named = folder / "scores", not view.run or folder.resolve() != Path(view.run).resolve()
+    if named:
+        artifact.require_no_run(folder, "output_dir")
+    if output.exists():
+        old = artifact.read(output, "scores").manifest.get("subjects", {})
+        if named and {role: who["sha256"] for role, who in old.items()} != {"base": base.sha256, "tuned": tuned.sha256}:
+            raise ArtifactError(
+                f"{output}: holds the scores of other models; choose another output_dir (--output of compare)"
+            )
+    return output
 
 
 def _arms(view: Recorded, suites: list[Suite], base: Subject, tuned: Subject, place: Path | str) -> list[Arm]:

@@ -132,7 +132,7 @@ def test_the_merged_model_is_evaluated_in_place_of_its_adapter(tuned: Path) -> N
     made = artifact.finished_run(tuned / "run")
     if not artifact.complete(tuned / "run" / "merged"):
         merge.run(tuned / "run")
-    measured = evaluate(tuned, tuned="./run/merged", output_dir="./shipped/scores")
+    measured = evaluate(tuned, tuned="./run/merged", output_dir="./shipped")
     assert measured.manifest["subject"]["sha256"] == artifact.read(tuned / "run" / "merged").sha256
     theirs, mine = (
         {(r.metric, r.item_id): r.value for r in scores.read(m.path / scores.FILE) if r.arm == "tuned"}

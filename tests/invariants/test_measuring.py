@@ -19,7 +19,7 @@ from llmtune import artifact, config, gate, scores
 from llmtune.cli import main
 from llmtune.data.openers import COMPLIANCE_OPENERS, REFUSAL_OPENERS
 from llmtune.data.tokens import encode_prompt
-from llmtune.errors import ConfigError, DataError
+from llmtune.errors import ArtifactError, ConfigError, DataError
 from llmtune.evaluate import arms, measure, metrics, observations, subjects
 from llmtune.evaluate.metrics import _tool_call_valid, probabilities
 from llmtune.evaluate.observations import Observation
@@ -201,6 +201,25 @@ def test_two_models_of_any_kind_are_compared(folder: Path, tiny_folder: Path, tm
     assert mine == theirs
     again = config.load(tmp_path / "c" / "compare.yaml", stage="eval")
     assert (again.dtype, again.batch_size, again.tuned) == ("float32", 5, str(folder / "run" / "adapter"))
+    kept, other = artifact.read(tmp_path / "c" / "scores").sha256, tiny.save(tmp_path / "other", seed=3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for place, models, told in (
+        (folder / "run", [tiny_folder, other], "holds a run (adapter/)"),
+        (tmp_path / "c", [other, tiny_folder], f"compares {tiny_folder} with {folder / 'run' / 'adapter'} already"),
+        (tmp_path / "c" / "scores", [tiny_folder, other], "is a finished step itself"),
+        (tmp_path / "mine", [tiny_folder, other], "holds other files"),
+        (tmp_path / "mine" / "notes.txt", [tiny_folder, other], "is a file"),
+    ):
+        assert main(["compare", *map(str, models), *suites, "--output", str(place)]) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert "choose another --output" in said
+    with pytest.raises(ArtifactError, match="holds the scores of other models; choose another output_dir"):
+        evaluate(folder, run=None, base=str(tiny_folder), tuned=str(other), output_dir=str(tmp_path / "c"))
+    with pytest.raises(ArtifactError, match="holds a run"):
+        evaluate(folder, run=None, base=str(tiny_folder), tuned=str(other), output_dir="./run")
+    assert artifact.read(tmp_path / "c" / "scores").sha256 == kept
     with pytest.raises(ConfigError, match="there is nothing to compare"):
         evaluate(folder, run=None, base=str(tiny_folder), tuned=str(tiny_folder), output_dir="./x")
 
@@ -208,7 +227,7 @@ def test_two_models_of_any_kind_are_compared(folder: Path, tiny_folder: Path, tm
 def test_a_student_with_another_template_answers_the_same_requests(folder: Path, tiny_folder: Path, tmp_path) -> None:
     template = tiny.CHATML.replace("message.role", "message.role | upper").replace("assistant", "ASSISTANT")
     student = tiny.save(tmp_path / "student", seed=1, chat_template=template)
-    raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c" / "scores")}
+    raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c")}
     made = evaluate(folder, run=None, **raw)
     records = scores.read(made.path / scores.FILE)
     asked = {(s.suite, s.item_id, s.prompt_sha256) for s in records}
@@ -222,7 +241,7 @@ def test_what_cannot_be_encoded_is_named_before_any_weight_is_loaded(folder: Pat
     template = tiny.CHATML.replace("assistant\n", "assistant\n\n")  # a prompt that no finished chat begins with
     student = tiny.save(tmp_path / "student", seed=1, chat_template=template)
     (student / "model.safetensors").write_bytes(b"no weights")
-    raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c" / "scores")}
+    raw = {"base": str(tiny_folder), "tuned": str(student), "output_dir": str(tmp_path / "c")}
     with pytest.raises(DataError, match=r"24 problems\n.*chosen.jsonl:1: this chat template writes a finished chat"):
         evaluate(folder, run=None, **raw)
 
