@@ -223,9 +223,11 @@ def _judged(rows: Sequence[Row], what: str, times: int = 1) -> list[Row]:
 
 def _judge(row: Row, p_holm: float | None, over: str) -> Row:
     """The row with PASS, FAIL or INCONCLUSIVE, and why; with a floor the worse of the two."""
+    lost = row.missing - row.incoherent
     if row.reason or row.low is None or row.high is None or row.bound is None or row.margin is None:
         floor = row.floor and replace(row.floor, verdict="INCONCLUSIVE")
-        return replace(row, verdict="INCONCLUSIVE", reason=row.reason or "no item is scored in both arms", floor=floor)
+        reason = (row.reason or "no item is scored in both arms") + _first_get(lost)
+        return replace(row, verdict="INCONCLUSIVE", reason=reason, floor=floor)
     low, high = (-row.high, -row.bound) if row.higher_is_better else (row.low, row.bound)
     asked = f"{row.margin:g} is allowed" if row.limit > 0 else f"better by more than {row.margin:g} is asked"
     surely = "95 % bound, each missing answer counted against the tuned model" if row.missing else "95 % bound"
@@ -248,13 +250,13 @@ def _judge(row: Row, p_holm: float | None, over: str) -> Row:
         needed = max([n for n in open_ones if n], default=None) if word == "INCONCLUSIVE" and all(open_ones) else None
     if row.missing:
         more += f"; {row.missing_said}"
-        lost = row.missing - row.incoherent
-        more += _first_get(lost) if lost and word == "INCONCLUSIVE" and not needed else ""
+        more += _first_get(lost) if word == "INCONCLUSIVE" and not needed else ""
     return replace(row, verdict=word, reason=reason + more, p_holm=p_holm, items_needed=needed)
 
 
 def _first_get(lost: int) -> str:
-    return f"; first get the {lost} missing answers" if lost > 1 else "; first get the missing answer"
+    """lost: missing answers that another call could bring."""
+    return f"; first get the {f'{lost} missing answers' if lost > 1 else 'missing answer'}" if lost else ""
 
 
 def _floor_said(floor: Floor, mean: float) -> str:

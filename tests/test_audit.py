@@ -172,6 +172,8 @@ def test_the_summary_is_what_a_hand_counts(run: Path, tmp_path: Path) -> None:
     assert row["people"] == same["judge"] == same["people"]
     text = audit.render(told)
     assert "2 confirmed, 2 refuted" in text
+    unknown = dict.fromkeys(("delta", "low", "high"))
+    assert "no item is scored in both arms" in audit.render(told | {"deltas": [row | {"judge": unknown}]})
     assert told["twice"] == {"answers": 0, "alike": 0}
     for question in unflipped[:2]:
         log.add(question, "refused", "ada")

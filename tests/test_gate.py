@@ -350,6 +350,7 @@ def test_a_judge_that_answers_nothing_decides_nothing():
     _, row = one(both([None] * 50, [None] * 50), {"margin": 0.05})
     assert (row.verdict, row.floor_effect, row.base, row.tuned) == ("INCONCLUSIVE", None, None, None)
     assert row.reason.startswith("100 answers are missing (50 of base, 50 of tuned); 0 independent items")
+    assert row.reason.endswith("; first get the 100 missing answers")
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
