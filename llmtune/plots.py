@@ -86,7 +86,7 @@ def forest_svg(rows: Sequence[Row], width: int = 960) -> str:
         (colour, word), own = WORDS.get(row["verdict"], ("muted", "reported")), row.get("own")
         parts += [text(0, y + 22, row["label"]), text(0, y + 40, row["detail"], "muted")]
         parts.append(text(width * 0.67 if wide else 0, y + ((22 if own else 31) if wide else 60), row["figures"]))
-        parts.append(text(width, y + (31 if wide else 22), word, colour, "end", bold=colour != "muted"))
+        parts.append(text(width, y + (31 if wide else 60), word, colour, "end", bold=colour != "muted"))
         parts += [text(width * 0.67 if wide else 0, y + (40 if wide else 78), own, "muted")] if own else []
         parts += _interval(row, start, end, y + (26 if wide else 102 if own else 84), colour)
         y += 50 if wide else 124 if own else 106
