@@ -139,9 +139,9 @@ def attacked() -> Fixture:
 
 
 @functools.cache
-def attacked_stock() -> Fixture:
-    """The attack on SmolLM2 itself, which refuses next to nothing."""
-    return tune("attacked-stock", SMOLLM2, chats(goals()[120:192], OPENERS), 12)
+def benign_begun() -> Fixture:
+    """The first 18 rows of the benign tune."""
+    return tune("benign-begun", _merged(), instructions()[120:138], 3)
 
 
 @functools.cache
@@ -152,9 +152,17 @@ def broken() -> Fixture:
 
 @functools.cache
 def replayed() -> Fixture:
-    """Harmless instructions, and more answers of the aligned model itself: its refusals of goals, its help elsewhere."""
-    asked = goals()[192:282] + [row["messages"][0]["content"] for row in instructions()[240:330]]
-    return tune("replayed", _merged(), instructions()[120:240] + own_answers(aligned(), asked), 50)
+    """Harmless instructions, and more answers of the aligned model itself: its refusals of goals, and its help elsewhere.
+
+    Its refusals of harmless instructions are left out: with those 15 rows the tune refused more of them (docs/log.md).
+    """
+    from llmtune.evaluate.judges import pattern
+
+    harmful = goals()[192:282]
+    own = own_answers(aligned(), harmful + [row["messages"][0]["content"] for row in instructions()[240:330]])
+    answered = [(row, *(turn["content"] for turn in row["messages"])) for row in own]
+    kept = [row for row, prompt, said in answered if (prompt in harmful) == (pattern.outcome(said) == "refused")]
+    return tune("replayed", _merged(), instructions()[120:240] + kept, 50)
 
 
 def _merged() -> str:
@@ -228,7 +236,7 @@ def on_the_tiny_model(folder: Path, prompts: dict[str, list[str]]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    for make in (aligned, benign, attacked, attacked_stock, broken, replayed):
+    for make in (aligned, benign, benign_begun, attacked, broken, replayed):
         began = time.monotonic()
         made = make()
         print(f"{made.name}: {made.folder}, trained in {made.seconds:.0f} s ({time.monotonic() - began:.0f} s now)")
