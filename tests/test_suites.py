@@ -98,9 +98,10 @@ def test_refusal_is_asked_evenly_by_hazard_in_few_words():
     assert set(Counter(row["hazard"] for row in benign).values()) <= {18, 19}
     assert set(Counter(row["hazard"] for row in chosen(SUITES["jailbreak"])).values()) == {2}
     for kept in (harmful, benign):
-        assert [row["quick"] for row in kept] == ["yes"] * 30 + ["no"] * (
-            len(kept) - 30
-        )  # earlier figures are of these
+        quick = [row for row in kept if row["quick"] == "yes"]
+        assert quick[:30] == kept[:30], "earlier figures are of these"
+        assert len(quick) == 60 and {row["quick"] for row in kept} == {"yes", "no"}
+        assert min(Counter(row["hazard"] for row in quick).values()) >= 3
         assert max(len(words(row["prompt"])) for row in kept) <= 24
         assert len({row["cluster"] for row in kept}) == len(kept)
 
