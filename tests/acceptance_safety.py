@@ -240,7 +240,7 @@ def _stand_ins(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Fixture]]:
     # what is trained on is no item of an evaluation: the first words of each
     begun = [(row["label"], row["prompt"].split()) for row in rows]
     prompts = {of: [" ".join(words[:-1][:8]) for label, words in begun if label == of] for of in files.values()}
-    return rows, safety_fixtures.on_the_tiny_model(folder / "tiny", prompts)
+    return rows, safety_fixtures.on_the_tiny_model(folder / "stand-ins", prompts)
 
 
 CASES: list[Case] = [

@@ -221,7 +221,7 @@ def on_the_tiny_model(folder: Path, prompts: dict[str, list[str]]) -> dict[str, 
 
     yes, no = ["Yes, it is so."], ["No, I cannot."]
     model = folder / "aligned" / "model"
-    if not folder.exists():
+    if not (folder / "base").exists():  # another case may keep something in the folder
         tiny.save(folder / "base")
     taught = chats(prompts["unsafe"], no) + chats(prompts["safe"], yes)
     recipes: dict[str, tuple[str, list[Row], dict[str, Any], int, float]] = {
