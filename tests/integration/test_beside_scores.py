@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import tuned_run
 
-from llmtune import artifact, config, scores
+from llmtune import artifact, scores
 from llmtune.errors import ConfigError
-from llmtune.evaluate import arms, contamination
+from llmtune.evaluate import contamination
 from llmtune.export import merge
-from llmtune.stages import sft
 
 SUMS = """
 suite: sums
@@ -63,21 +63,13 @@ def folder(tmp_path_factory, tiny_folder: Path) -> Path:
     write("choices.jsonl", choices)
     for name, text in (("sums", SUMS), ("pick", PICK), ("facts", FACTS)):
         (folder / f"{name}.yaml").write_text(text)
-    raw = {
-        "stage": "sft",
-        "model": {"name": str(tiny_folder), "dtype": "float32"},
-        "data": {"train": "./train.jsonl"},
-        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-        "train": {"max_steps": 6, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 2e-2},
-        "output_dir": "./run",
-    }
-    sft.run(config.build(raw, folder / "sft.yaml"))
+    tuned_run.tune(folder, tiny_folder, 6)
     return folder
 
 
 def evaluate(folder: Path, **changes: object) -> artifact.Artifact:
-    raw = {"stage": "eval", "run": "./run", "suites": ["./sums.yaml"], "dtype": "float32", "batch_size": 4, **changes}
-    return arms.run(config.build(raw, folder / "eval.yaml"), folder / "eval.yaml")
+    usual = {"suites": ["./sums.yaml"], "batch_size": 4}
+    return tuned_run.evaluate(folder, **usual | changes)
 
 
 def told(made: artifact.Artifact, name: str) -> dict:

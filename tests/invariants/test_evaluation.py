@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import tuned_run
 from safetensors.torch import load_file, save_file
 
 from llmtune import artifact, config, gate, scores
 from llmtune.data.chats import load_chats
 from llmtune.data.tokens import TokenRow, encode_chat, encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, LlmtuneError, ProofError
-from llmtune.evaluate import arms, observations, suites
+from llmtune.evaluate import observations, suites
 from llmtune.evaluate.observations import Store
 from llmtune.export import merge
 from llmtune.model import infer, load
@@ -52,21 +53,13 @@ def tuned(tmp_path_factory, tiny_folder: Path) -> Path:
     items = [{"id": f"i{i}", "prompt": f"{i} plus one?", "answer": f"It is {i + 1}."} for i in range(30)]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (folder / "sums.yaml").write_text(SUITE)
-    raw = {
-        "stage": "sft",
-        "model": {"name": str(tiny_folder), "dtype": "float32"},
-        "data": {"train": "./train.jsonl", "validation": "./validation.jsonl"},
-        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-        "train": {"max_steps": 30, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 2e-2},
-        "output_dir": "./run",
-    }
-    sft.run(config.build(raw, folder / "sft.yaml"))
+    tuned_run.tune(folder, tiny_folder, 30, validation="./validation.jsonl")
     return folder
 
 
 def evaluate(folder: Path, **changes: object) -> artifact.Artifact:
-    raw = {"stage": "eval", "run": "./run", "suites": ["./sums.yaml"], "dtype": "float32", "batch_size": 7, **changes}
-    return arms.run(config.build(raw, folder / "eval.yaml"), folder / "eval.yaml")
+    usual = {"suites": ["./sums.yaml"], "batch_size": 7}
+    return tuned_run.evaluate(folder, **usual | changes)
 
 
 def test_the_base_arm_is_the_base_freshly_loaded(tuned: Path, tiny_folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import tuned_run
 import yaml
 
 from llmtune import artifact, config, gate, scores
@@ -20,13 +21,12 @@ from llmtune.cli import main
 from llmtune.data.openers import COMPLIANCE_OPENERS, REFUSAL_OPENERS
 from llmtune.data.tokens import encode_prompt
 from llmtune.errors import ArtifactError, ConfigError, DataError
-from llmtune.evaluate import arms, measure, metrics, observations, subjects
+from llmtune.evaluate import measure, metrics, observations, subjects
 from llmtune.evaluate.metrics import _tool_call_valid, probabilities
 from llmtune.evaluate.observations import Observation
 from llmtune.evaluate.scoring import AGAIN, noise_floor
 from llmtune.evaluate.suites import Item, Suite, load_suite
 from llmtune.model import load
-from llmtune.stages import sft
 
 HEAD = {"description": "made here", "licence": "own"}
 SUITES = {
@@ -68,22 +68,13 @@ def folder(tmp_path_factory, tiny_folder: Path) -> Path:
     )
     for name, suite in SUITES.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"suite": name, **HEAD, **suite}))
-    raw = {
-        "stage": "sft",
-        "model": {"name": str(tiny_folder), "dtype": "float32"},
-        "data": {"train": "./train.jsonl"},
-        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-        "train": {"max_steps": 10, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 2e-2},
-        "output_dir": "./run",
-    }
-    sft.run(config.build(raw, folder / "sft.yaml"))
+    tuned_run.tune(folder, tiny_folder, 10)
     return folder
 
 
 def evaluate(folder: Path, **changes: object) -> artifact.Artifact:
-    suites = [f"./{name}.yaml" for name in SUITES]
-    raw = {"stage": "eval", "run": "./run", "suites": suites, "dtype": "float32", "batch_size": 5, **changes}
-    return arms.run(config.build(raw, folder / "eval.yaml"), folder / "eval.yaml")
+    usual = {"suites": [f"./{name}.yaml" for name in SUITES], "batch_size": 5}
+    return tuned_run.evaluate(folder, **usual | changes)
 
 
 def test_each_probe_is_what_the_model_itself_says(folder: Path, tiny_folder: Path) -> None:
